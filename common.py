@@ -1,0 +1,997 @@
+"""What every script needs and is the same in all of them, in the order in which a script uses it.
+
+Exit codes, flags, start-up, models, chat masking, log-probs, batches, the optimizer step, the generation engine,
+evaluation, the run folder and its log, checkpoints and resume. The algorithms live in the scripts.
+
+Shapes: B sequences, T tokens, N trained tokens of a pass, H hidden size, V vocabulary.
+"""
+
+import atexit
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+import envs
+from envs import EnvBase, Message, UserError
+
+transformers.utils.logging.disable_progress_bar()  # a bar for each saved file tells nothing
+HERE = Path(__file__).resolve().parent
+BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
+HEAD_CHUNK = 256  # trained positions whose logits exist at a time: (256, V) in place of (B, T, V)
+KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
+
+# ---- Exit codes and signals ------------------------------------------------------------------------------------------
+
+received_signal = 0  # 0: none
+
+
+def on_signal(signum: int, _frame: Any) -> None:
+    global received_signal
+    received_signal = signum
+    signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    print(
+        f"\n{signal.Signals(signum).name}: finishing this step, then saving; once more stops at once", file=sys.stderr
+    )
+
+
+def stop_signal(accelerator: Accelerator) -> int:
+    """The signal that reached any of the processes; 0: none. All of them stop after the same step, once it is saved."""
+    return int(accelerator.gather(torch.tensor([received_signal], device=accelerator.device)).max())
+
+
+def run(main: Callable[[Any], None], args: Any) -> None:
+    """Exit codes: 0 done, 1 a bug (traceback), 2 the user's mistake (one line), 130/143 stopped by a signal."""
+    try:
+        main(args)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+AT_LEAST_0 = (lambda v: v >= 0, "0 or more")
+AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+FINITE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), AT_LEAST_0),
+    **dict.fromkeys(("num_samples", "num_steps", "batch_size", "micro_batch_tokens", "saving_steps"), AT_LEAST_1),
+    **dict.fromkeys(("logging_steps", "eval_samples", "max_new_tokens", "ppo_steps", "num_completions"), AT_LEAST_1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "kl_penalty", "clip_eps_high"), FINITE),
+    "max_grad_norm": (lambda v: v > 0, "above 0 (inf turns clipping off)"),
+    "max_length": (lambda v: v >= 2, "at least 2"),
+    "temperature": (lambda v: 0 < v < math.inf, "a finite number above 0"),
+    "group_size": (lambda v: v >= 2, "at least 2: a group of 1 has no baseline"),
+    "clip_eps": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "chat_template_args": (is_json_object, "a JSON object such as '{\"enable_thinking\": false}'"),
+}
+
+
+def check_args(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> None:
+    """Raises a UserError that names the flag, its value and what it takes. `exceptions` replace lines of the table."""
+    for name, value in vars(args).items():
+        accepts, words = (CONDITIONS | exceptions).get(name, (lambda _: True, ""))
+        if value is not None and not accepts(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {words}")
+
+
+# ---- Start-up --------------------------------------------------------------------------------------------------------
+
+
+def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Accelerator:
+    """Checks the flags (`exceptions`: as in `check_args`) and joins the other processes."""
+    check_args(args, **exceptions)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size != accelerator.num_processes:
+        raise UserError(f"the launcher started {world_size} processes but {accelerator.num_processes} joined")
+    return accelerator
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *args: Any) -> Any:
+    """Rank 0 alone runs the function; every rank gets its result or raises its error, so none waits for ever."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function(*args)
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def load_datasets(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
+    ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
+    if eval_dataset is None and args.eval_steps > 0 and (args.eval_dataset or train_dataset is None):
+        name = args.eval_dataset or args.dataset
+        # A file has one split: named as the evaluation set, its rows are the evaluation set.
+        split = "train" if args.eval_dataset and envs.is_file(name) else "eval"
+        own_ranges = ranges if name in ("math", args.dataset) else {}
+        eval_dataset = envs.load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own_ranges)
+        if eval_dataset is None and args.eval_dataset:
+            raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
+    if train_dataset is None:
+        train_dataset = envs.load_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed, **ranges)
+    return train_dataset, eval_dataset
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(size: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
+
+
+def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Rows at `count` positions, from `start`, of the endless sequence of seeded permutations of a dataset.
+
+    A function of its arguments alone: a resumed run goes on where it was without any saved state.
+    """
+    positions = range(start, start + count)
+    return [permutation(size, seed, position // size)[position % size] for position in positions]
+
+
+# ---- Models ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_model(model: str) -> str:
+    return str(HERE / "models" / model) if model in BUNDLED else model
+
+
+def pick_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of autocast and of frozen models, and why. Weights that train are float32 always."""
+    if dtype != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], "asked for"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "the GPU has it"
+    return torch.float32, "no GPU" if device.type == "cpu" else "the GPU has no bfloat16"
+
+
+def pick_attention(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The attention implementation, and why: flash-attn 2 where it can run, else SDPA."""
+    if attn != "auto":
+        return attn, "asked for"
+    if device.type != "cuda":
+        return "sdpa", "no GPU"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "flash-attn is not installed"
+    if dtype == torch.float32:
+        return "sdpa", "flash-attn has no float32"
+    return "flash_attention_2", "flash-attn is installed"
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turns the library's errors about a missing or broken folder into one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"cannot load {what}: {reason}") from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """Raises a UserError when it is missing, has no chat template, or gives no character offsets."""
+    with loading(f"the tokenizer of {model}"):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {model} has no chat template: use an instruct model")
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {model} gives no character offsets: a fast tokenizer is needed")
+    return tokenizer
+
+
+def load_config(model: str) -> Any:
+    """The configuration, with every dropout 0."""
+    with loading(f"the model {model}"):
+        config = AutoConfig.from_pretrained(resolve_model(model))
+    for name in vars(config):
+        if name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)
+    return config
+
+
+def context_length(config: Any) -> int:
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def load_model(
+    model: str, device: torch.device, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
+) -> PreTrainedModel:
+    """A causal language model. `from_scratch` takes its configuration only, and random weights: seed torch before.
+
+    The generation config is emptied, so that no sampling setting of its author gets into `generate`; the original is
+    kept as `source_generation_config`, and the dtype it came in as `source_dtype`: both go back into what is saved.
+    Raises a UserError when it is missing or broken, or when its logits are not simply head(trunk(tokens)).
+    """
+    path, config = resolve_model(model), load_config(model)
+    source_dtype = config.dtype or torch.float32
+    with loading(f"the model {model}"):
+        if from_scratch:
+            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+            loaded.generation_config = GenerationConfig.from_pretrained(path)
+        else:
+            options = {"config": config, "dtype": dtype, "attn_implementation": attn, "use_safetensors": True}
+            loaded = AutoModelForCausalLM.from_pretrained(path, **options)
+    loaded.source_dtype, loaded.source_generation_config = source_dtype, loaded.generation_config
+    loaded.generation_config = GenerationConfig()
+    loaded = loaded.to(device).eval()
+    with torch.no_grad():
+        ids = torch.tensor([[0, 1]], device=device)
+        parts = loaded.get_output_embeddings()(loaded.base_model(input_ids=ids).last_hidden_state)
+        if not torch.allclose(parts, loaded(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
+            raise UserError(f"{model} changes its logits after the head (soft-capping or scaling): not supported")
+    return loaded
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
+    listed = model.source_generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    turn, mask = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    last = turn[max(i for i, trained in enumerate(mask) if trained)]
+    return sorted((ids | ({last} & set(tokenizer.all_special_ids))) - {None})
+
+
+# ---- Chat templates and masks: which tokens the assistant wrote ------------------------------------------------------
+
+SENTINEL = "\u2983assistant text\u2984"
+
+
+def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool = False) -> str:
+    with loading("the conversation into the chat template"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **template_args)
+
+
+def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
+    """Token ids of a conversation, up to where the assistant begins to write."""
+    # The template has written the BOS token already: the tokenizer must not add a second one.
+    return tokenizer(render(tokenizer, messages, template_args, prompt=True), add_special_tokens=False)["input_ids"]
+
+
+def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and its loss mask: 1 = written by the assistant, its stop token included.
+
+    The conversation is rendered a second time with a sentinel in place of each assistant text. What stands between the
+    sentinels is the template's own text; it must come back, in order, in the real rendering, and what lies between is
+    what the assistant wrote. So nothing is assumed about the template, and it is tokenized once.
+    Raises a UserError without an assistant turn, or when the template rewrites the text so that turns can't be found.
+    """
+    text = render(tokenizer, messages, template_args)
+    hidden = [{**m, "content": SENTINEL} if m["role"] == "assistant" else m for m in messages]
+    literals = render(tokenizer, hidden, template_args).split(SENTINEL)
+    turns = sum(m["role"] == "assistant" for m in messages)
+    if turns == 0:
+        raise UserError("a conversation without an assistant turn has nothing to train")
+    if len(literals) != turns + 1 or "" in literals[:-1]:
+        raise UserError(
+            f"the chat template does not write each of the {turns} assistant turns once, each after a header"
+        )
+    spans, position = [], 0  # characters [start, end) of each assistant text
+    for n, literal in enumerate(literals):
+        place = 0 if n == 0 else len(text) - len(literal) if n == turns else text.find(literal, position)
+        if place < position or not text.startswith(literal, place):
+            raise UserError(
+                f"the chat template changes its own text around assistant turn {n}: {literal!r} is not there"
+            )
+        if n > 0:
+            spans.append((position, place))
+        position = place + len(literal)
+
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    special = set(tokenizer.all_special_ids)
+    loss_mask, span = [], 0
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        while span < turns - 1 and start > spans[span][1]:
+            span += 1
+        first, stop = spans[span]
+        # A token belongs to the text when its last character does; the stop token begins where the text ends.
+        loss_mask.append(int(first < end <= stop or (start == stop and token in special)))
+    return encoded["input_ids"], loss_mask
+
+
+def encode_prompts(
+    tokenizer: Any, dataset: Any, rows: Sequence[int], longest: int, template_args: dict[str, Any]
+) -> dict[int, list[int]]:
+    """Row -> token ids of its prompt. Raises a UserError when one has more than `longest` tokens."""
+    prompts = {i: encode_prompt(tokenizer, dataset[i].prompt, **template_args) for i in rows}
+    for i, ids in prompts.items():
+        if len(ids) > longest:
+            words = "the model's context minus --max-new-tokens leaves room for"
+            raise UserError(f"the prompt of row {i} has {len(ids)} tokens, {words} {longest}")
+    return prompts
+
+
+def require_rewards(dataset: Any) -> None:
+    for i in range(len(dataset)):
+        if type(dataset[i]).get_reward is EnvBase.get_reward:
+            raise UserError(f"row {i} has no reward: give the row an answer, or its environment a get_reward")
+
+
+# ---- Log-probs: the head only at trained positions, in chunks, recomputed in backward --------------------------------
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class ChunkedLM(nn.Module):
+    """A causal language model whose forward pass never holds the logits of a whole batch.
+
+    It runs the trunk, takes the hidden states that predict a trained token, and applies the head to `HEAD_CHUNK` of
+    them at a time; backward recomputes a chunk's logits instead of keeping them. What is made of the logits is the
+    caller's `chunk_fn`. All of it is inside `forward`: a wrapper for many processes synchronises nothing else.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # (B, T)
+        attention_mask: torch.Tensor,  # (B, T)
+        loss_mask: torch.Tensor,  # (B, T)
+        chunk_fn: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],  # (N, V), (N,) -> each (N,)
+    ) -> tuple[torch.Tensor, ...]:
+        """Each output of `chunk_fn` at its token's place, (B, T), zero where nothing trains."""
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
+        # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
+        trained = loss_mask[:, 1:].bool()
+        with autocast(input_ids.device, self.dtype):
+            hidden = self.model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state  # (B, T, H)
+            states, targets = hidden[:, :-1][trained], input_ids[:, 1:][trained]  # (N, H), (N,)
+            chunks = [
+                checkpoint(self.head, s, t, chunk_fn, use_reentrant=False, preserve_rng_state=False)
+                for s, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+            ]
+        outputs = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # (N,) each
+        placed = [values.new_zeros(trained.shape).masked_scatter(trained, values) for values in outputs]  # (B, T - 1)
+        return tuple(nn.functional.pad(values, (1, 0)) for values in placed)  # (B, T)
+
+    def head(self, states: torch.Tensor, targets: torch.Tensor, chunk_fn: Callable[..., Any]) -> Any:
+        logits = self.model.get_output_embeddings()(states)  # (N, V)
+        return chunk_fn(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+
+
+def logprob_and_entropy(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+    """(N, V), (N,) -> log-prob of each target and entropy of its distribution, (N,) each; entropy without gradient."""
+    logits = logits / temperature
+    normalizer = logits.logsumexp(-1)  # (N,)
+    logprobs = logits.gather(-1, targets[:, None])[:, 0] - normalizer
+    with torch.no_grad():
+        entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
+    return logprobs, entropy
+
+
+def token_logprobs(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each trained token under the distribution it is sampled from, and that distribution's entropy.
+
+    Args:
+        model: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model.
+        input_ids, attention_mask, loss_mask: (B, T), padded on either side.
+        temperature: divides the logits, as in sampling.
+    Returns:
+        logprobs, entropy: (B, T) each; column t speaks of token t; 0 where the loss mask is 0; entropy has no gradient.
+    """
+    if isinstance(model, PreTrainedModel):
+        model = ChunkedLM(model)
+    return model(input_ids, attention_mask, loss_mask, functools.partial(logprob_and_entropy, temperature=temperature))
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Sequences padded on the right to one length. `rows`: their indices in the step's list; a dummy has none."""
+
+    rows: list[int]
+    input_ids: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor  # (B, T), 1 = not padding
+    loss_mask: torch.Tensor  # (B, T), 1 = trained
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """The rows' entries of a tensor with one value a sequence; zero for a dummy."""
+        return values[self.rows] if self.rows else values.new_zeros(1)
+
+    def place(self, values: Sequence[list[float]]) -> torch.Tensor:
+        """Values of each row's trained tokens, at their places; zero elsewhere. (B, T)"""
+        flat = torch.tensor([value for row in self.rows for value in values[row]], device=self.loss_mask.device)
+        return torch.zeros_like(self.loss_mask, dtype=flat.dtype).masked_scatter(self.loss_mask.bool(), flat)
+
+
+def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in groups of like length, longest first, each of at most `max_tokens` tokens after padding.
+
+    A sequence longer than `max_tokens` gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def micro_batches(
+    accelerator: Accelerator,
+    sequences: Sequence[tuple[list[int], list[int]]],
+    max_tokens: int,
+    rows: Sequence[int] | None = None,
+) -> list[Batch]:
+    """Cuts this process's (token ids, loss mask) pairs, or those of `rows`, into batches of `max_tokens` tokens.
+
+    Every process gets equally many, dummies of two tokens included: the last pass of each synchronises the gradients.
+    """
+    rows = range(len(sequences)) if rows is None else rows
+    groups = [[rows[i] for i in group] for group in group_by_length([len(sequences[i][0]) for i in rows], max_tokens)]
+    most = int(accelerator.gather(torch.tensor([len(groups)], device=accelerator.device)).max())
+    batches = []
+    for group in groups + [[]] * (most - len(groups)):
+        chosen = [sequences[i] for i in group] or [([0, 0], [0, 0])]
+        width = max(len(ids) for ids, _ in chosen)
+        padded = torch.zeros(3, len(chosen), width, dtype=torch.long)
+        for i, (ids, loss_mask) in enumerate(chosen):
+            padded[:, i, : len(ids)] = torch.tensor([ids, [1] * len(ids), loss_mask])
+        batches.append(Batch(group, *padded.to(accelerator.device)))
+    return batches
+
+
+def global_sum(accelerator: Accelerator, value: float) -> float:
+    return accelerator.reduce(torch.tensor(float(value), dtype=torch.float64, device=accelerator.device)).item()
+
+
+def reduce_metrics(accelerator: Accelerator, sums: dict[str, Any], denominator: float) -> dict[str, float]:
+    """Adds each metric's sums over the processes and divides once by `denominator`, which is global already."""
+    values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=accelerator.device)
+    return dict(zip(sums, (accelerator.reduce(values) / max(denominator, 1)).tolist(), strict=True))
+
+
+# ---- The optimizer step ----------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; matrices decay, vectors (norms, biases) do not. The learning rate is set at each step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=0.0, fused=True)
+
+
+def scheduled_lr(step: int, learning_rate: float, warmup_steps: int, num_steps: int, schedule: str) -> float:
+    """Learning rate of step 1 ... num_steps: linear warm-up, then constant, or to zero by a line or half a cosine."""
+    if step <= warmup_steps:
+        return learning_rate * step / warmup_steps
+    progress = (step - warmup_steps - 1) / max(num_steps - warmup_steps, 1)
+    return (
+        learning_rate
+        * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    )
+
+
+def backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor, last: bool) -> None:
+    """Adds the gradient of one pass; the step's last pass synchronises the processes.
+
+    DistributedDataParallel averages over processes, but the loss is divided by the total over all of them already:
+    times `num_processes`, here and nowhere else.
+    """
+    with nullcontext() if last else accelerator.no_sync(model):
+        accelerator.backward(loss * accelerator.num_processes)
+
+
+def optimizer_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, step: int
+) -> float:
+    """Clips, updates, clears. Returns the gradient norm before clipping.
+
+    Raises:
+        FloatingPointError: the norm is NaN or infinite, as it is when the loss is; no weight has changed. Gradients are
+            the same on every process by now, so every process raises.
+    """
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; stopped before the update")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+# ---- Generation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Completion:
+    """What the model wrote: token ids with the stop token, the log-prob each was drawn with, `stop` or `length`."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+def completion_text(tokenizer: Any, completion: Completion) -> str:
+    """The completion without its stop token, as environments see it."""
+    return tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+def completion_seed(seed: int, step: int, index: int) -> int:
+    """A 63-bit seed for one completion of the run: the same whatever process or batch it is drawn in."""
+    digest = hashlib.blake2b(f"{seed} {step} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class InverseCDFSampler(transformers.LogitsProcessor):
+    """Draws each token by the inverse of its cumulative distribution, from uniforms fixed up front.
+
+    A row's draws depend on its seed and position alone, not on its batch. `generate` sees a single token with a finite
+    score, so its own greedy choice takes it. Only the log-probs of chosen tokens are kept, never (T, B, V) scores.
+    """
+
+    def __init__(self, uniforms: torch.Tensor | None, temperature: float):
+        self.uniforms = uniforms  # (B, max_new_tokens) in [0, 1); None: greedy
+        self.temperature = temperature
+        self.logprobs: list[torch.Tensor] = []  # one (B,) a position
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logprobs = (scores if self.uniforms is None else scores / self.temperature).log_softmax(-1)  # (B, V)
+        if self.uniforms is None:
+            tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
+        else:
+            cdf = logprobs.exp().cumsum(-1, dtype=torch.float64)  # a float32 sum over 150k entries loses the tail
+            u = self.uniforms[:, len(self.logprobs), None]
+            # right=True: the first entry whose cumulative sum exceeds the target, so never one of probability 0
+            tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+        self.logprobs.append(logprobs.gather(-1, tokens)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens, 0.0)
+
+
+class HFEngine:
+    """Generation by `transformers`, with the weights that train: nothing to synchronise.
+
+    Args:
+        max_tokens: at most this many tokens, prompts and completions together, are held at a time.
+        dtype: of the trainer's forward pass, so that both see the same numbers.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
+        self.model, self.max_tokens, self.dtype = model, max_tokens, dtype
+        self.stop_ids = stop_token_ids(model, tokenizer)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
+        self.context_length = context_length(model.config)
+
+    def sync(self, model: nn.Module) -> None:
+        """Nothing to do: it generates with the trainer's own weights."""
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Completion]:
+        """One completion of each prompt, drawn with its seed; temperature 0 is greedy."""
+        completions: dict[int, Completion] = {}
+        for rows in group_by_length([len(p) + max_new_tokens for p in prompts], self.max_tokens):
+            batch = self.generate_batch(
+                [prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, temperature
+            )
+            completions |= zip(rows, batch, strict=True)
+        return [completions[i] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def generate_batch(
+        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+    ) -> list[Completion]:
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts])  # (B, T), padded on the left
+        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        device = self.model.device
+        sampler = InverseCDFSampler(torch.from_numpy(uniforms).to(device) if temperature else None, temperature)
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=self.pad_id
+        )
+        training = self.model.training
+        self.model.eval()  # with gradient checkpointing, training mode forbids the cache
+        with autocast(device, self.dtype):
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=config,
+                logits_processor=transformers.LogitsProcessorList([sampler]),
+            )
+        self.model.train(training)
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()  # (B, new)
+        completions = []
+        for ids, row in zip(output[:, width:].tolist(), logprobs, strict=True):
+            length = next((t + 1 for t, token in enumerate(ids) if token in self.stop_ids), None)
+            completions.append(Completion(ids[:length], row[:length], "length" if length is None else "stop"))
+        return completions
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluator:
+    """Scores an engine's completions of a dataset, sharded over the processes: each problem once, none twice."""
+
+    engine: Any
+    tokenizer: Any
+    dataset: Any
+    max_new_tokens: int
+    temperature: float = 0.0  # greedy
+    num_completions: int = 1  # of each problem
+    seed: int = 0
+    template_args: dict[str, Any] = field(default_factory=dict)
+    progress: Progress = field(default_factory=lambda: Progress(disable=True))
+
+    def __post_init__(self) -> None:
+        require_rewards(self.dataset)
+        state, longest = PartialState(), self.engine.context_length - self.max_new_tokens
+        self.problems = range(state.process_index, len(self.dataset), state.num_processes)
+        self.prompts = encode_prompts(self.tokenizer, self.dataset, self.problems, longest, self.template_args)
+
+    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics, and one record a completion in the order of the dataset, both the same on every process."""
+        jobs = [(i, k) for i in self.problems for k in range(self.num_completions)]
+        records = []
+        bar = self.progress.add_task("evaluating", total=len(jobs))
+        for at in range(0, len(jobs), 128):  # in parts, so that the bar moves
+            part = jobs[at : at + 128]
+            completions = self.engine.generate(
+                [self.prompts[i] for i, _ in part],
+                [completion_seed(self.seed, 0, i * self.num_completions + k) for i, k in part],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+            )
+            for (i, k), completion in zip(part, completions, strict=True):
+                env, text = self.dataset[i], completion_text(self.tokenizer, completion)
+                record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}
+                record |= {"reward": score(env, text), "tokens": len(completion.token_ids)}
+                records.append(record | {"finish_reason": completion.finish_reason})
+            self.progress.advance(bar, len(part))
+        self.progress.remove_task(bar)
+        records = sorted(gather_object(records), key=lambda r: (r["problem"], r["sample"]))
+        rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
+        metrics = {"eval/reward_mean": rewards.mean().item(), "eval/reward_std": rewards.std(correction=0).item()}
+        return metrics | {"eval/accuracy": (rewards >= 1.0).double().mean().item()}, records
+
+
+def score(env: EnvBase, text: str) -> float:
+    """The environment's reward of a completion. Raises a ValueError when it is no finite number."""
+    reward = float(env.get_reward(text))
+    if not math.isfinite(reward):
+        raise ValueError(f"{type(env).__name__}.get_reward returned {reward} for the completion {text!r}")
+    return reward
+
+
+# ---- The run folder and its log --------------------------------------------------------------------------------------
+
+STEP_LINE = {  # metric -> how it reads in the line of a step
+    **{"loss/total": "loss {:.4f}", "reward/mean": "reward {:.3f}", "eval/accuracy": "[bold]eval accuracy {:.3f}[/]"},
+    **{"eval/ce_loss": "[bold]eval ce {:.4f}[/]", "reward/zero_std_frac": "zero-std {:.0%}"},
+    **{"completion/length_mean": "len {:.0f}", "completion/truncated_frac": "trunc {:.0%}"},
+    **{"policy/entropy": "entropy {:.3f}", "loss/kl": "kl {:.4f}", "optim/lr": "lr {:.1e}"},
+    **{"optim/grad_norm": "grad {:.2f}", "time/rollout": "rollout {:.1f}s", "time/train": "train {:.1f}s"},
+    **{"perf/tokens_per_second": "{:,.0f} tok/s", "perf/peak_memory_gb": "{:.1f} GB"},
+}
+FREE_TO_CHANGE = ("num_steps", "saving_steps", "logging_steps", "eval_steps", "resume", "output_dir")  # on resume
+
+
+class Run:
+    """The folder of a run, what is logged to it and to the terminal, and the step it goes on from.
+
+    Attributes:
+        folder: everything the run writes.
+        step: the last step that is done already; 0 in a fresh run.
+        source: what to load the model and tokenizer from: `--model`, or the checkpoint to go on from.
+        finished: a resumed run that has nothing left to do.
+    """
+
+    def __init__(self, args: Any, script: str, accelerator: Accelerator, learning_rate: float):
+        self.args, self.name, self.accelerator = args, Path(script).stem, accelerator
+        self.flags = vars(args) | {"learning_rate": learning_rate}
+        self.is_main = accelerator.is_main_process
+        self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True)
+        self.folder, self.checkpoint, self.step = on_main_process(accelerator, self.open_folder)
+        self.source = str(self.checkpoint or args.model)
+        self.finished = self.step >= args.num_steps and (self.folder / "final").exists()
+        if self.finished:
+            self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        quiet = self.finished or not (self.is_main and self.console.is_terminal)
+        self.progress = Progress(*columns, console=self.console, disable=quiet)
+        self.bar = self.progress.add_task("training", total=args.num_steps, completed=self.step)
+        self.wandb: Any = None
+        self.started = time.perf_counter()
+
+    def open_folder(self) -> tuple[Path, Path | None, int]:
+        """Makes or reopens the folder; its path, the checkpoint to go on from, and that checkpoint's step."""
+        args = self.args
+        if args.resume and args.output_dir is None:
+            raise UserError("--resume needs --output-dir: the folder of the run to go on with")
+        model, now = Path(args.model).name or "model", time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(args.output_dir or f"runs/{self.name}-{model}-{now}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            used = any(folder.iterdir())
+        except OSError as error:
+            raise UserError(f"--output-dir {folder}: {error.strerror}") from None
+        if used and not args.resume:
+            raise UserError(f"{folder} is not empty: add --resume to go on with it, or choose another --output-dir")
+        if (folder / "args.json").exists():
+            before = json.loads((folder / "args.json").read_text())
+            kept = [n for n in self.flags if n in before and n not in FREE_TO_CHANGE and "wandb" not in n]
+            changed = [
+                f"--{n.replace('_', '-')} {before[n]} -> {self.flags[n]}" for n in kept if before[n] != self.flags[n]
+            ]
+            if changed:
+                raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
+        checkpoint, step = newest_checkpoint(folder)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            cut_back(folder / name, step)
+        return folder, checkpoint, step
+
+    def begin(self, **used: Any) -> None:
+        """Writes args.json, starts wandb and the progress bar. `used`: what was chosen at start-up."""
+        packages = ("torch", "transformers", "accelerate", "datasets", "tyro", "rich")
+        device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu"
+        record = {"script": self.name, **self.flags, **used, "device": device, "git_revision": git_revision()}
+        record |= {"num_processes": self.accelerator.num_processes, "resumed_from": self.step or None}
+        record["versions"] = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
+        if self.is_main:
+            (self.folder / "args.json").write_text(json.dumps(record, indent=2) + "\n")
+            if self.args.enable_wandb:
+                self.with_wandb(lambda: self.start_wandb(record))
+        resumed = f", resumed from step {self.step}" if self.step else ""
+        for signum in (signal.SIGINT, signal.SIGTERM):  # from here on a signal ends a step instead of breaking it
+            signal.signal(signum, on_signal)
+        self.say(f"run        {self.folder} · {self.accelerator.num_processes} process(es) on {device}{resumed}")
+        self.progress.start()
+        atexit.register(self.progress.stop)  # gives the terminal its cursor back, however the run ends
+
+    def say(self, line: str, style: str = "") -> None:
+        self.console.print(Text(line, style))
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line for the step in metrics.jsonl, the terminal and wandb. Call it on every step; empty: no line."""
+        self.progress.update(self.bar, completed=step)
+        if not (metrics and self.is_main):
+            return
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        parts = [words.format(metrics[name]) for name, words in STEP_LINE.items() if name in metrics]
+        self.console.print(f"step {step}/{self.args.num_steps} | " + " | ".join(parts))
+        if self.wandb is not None:
+            self.with_wandb(lambda: self.wandb.log(metrics, step=step))
+
+    def log_completions(self, step: int, records: list[dict[str, Any]], show: bool) -> None:
+        """Completions of one prompt, with rewards and advantages: to completions.jsonl and, if asked, the screen."""
+        if not self.is_main:
+            return
+        with open(self.folder / "completions.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step} | record) + "\n" for record in records)
+        rows = [(f"{r['reward']:.2f}", f"{r['advantage']:+.2f}", repr(shorten(r["completion"]))) for r in records]
+        if show and self.console.is_terminal:
+            table = Table("reward", "advantage", "completion", title=Text(records[0]["prompt"]))
+            for reward, advantage, text in rows:  # Text: a completion may hold [brackets] that rich takes for markup
+                table.add_row(reward, advantage, Text(text))
+            self.console.print(table)
+        elif show:
+            self.say("\n".join([f"prompt: {records[0]['prompt']}", *(f"  {' '.join(row)}" for row in rows)]))
+
+    def finish(self) -> None:
+        """The ending: where the model is, and each evaluation metric before and after."""
+        self.progress.stop()
+        if not self.is_main:
+            return
+        self.say(
+            f"saved      {self.folder / 'final'} · {(time.perf_counter() - self.started) / 60:.1f} minutes", "bold"
+        )
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
+            if values := [line[name] for line in lines if name in line]:
+                self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
+        if self.wandb is not None:
+            self.with_wandb(self.wandb.finish)
+
+    def start_wandb(self, config: dict[str, Any]) -> None:
+        import wandb  # an extra
+
+        page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its page
+        names = {"project": self.args.wandb_project or self.name, "name": self.args.wandb_run_name or self.folder.name}
+        self.wandb = wandb.init(**names, id=page, resume="allow", dir=str(self.folder), config=config)
+
+    def with_wandb(self, call: Callable[[], Any]) -> None:
+        """A tracker must never stop a run: its first failure, of whatever kind, turns it off and says so."""
+        try:
+            call()
+        except Exception as error:
+            self.wandb = None
+            self.say(f"wandb is off from here on, metrics.jsonl goes on: {type(error).__name__}: {error}", "yellow")
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def git_revision() -> str | None:
+    """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and a last line that a crash left half written."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True) if step > 0 else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory so far, in 1e9 bytes: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---- Checkpoints: published whole or not at all ----------------------------------------------------------------------
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(target: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> None:
+    """Fills a folder beside `target`, then renames it there: a crash or a full disk never leaves a half-written one.
+
+    Every file reaches the disk before state.json, which lists their sizes, and that before the rename.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # a leftover of a killed run
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        for path in files:
+            fsync(path)
+        sizes = {str(p.relative_to(temporary)): p.stat().st_size for p in files}
+        (temporary / "state.json").write_text(json.dumps(manifest | {"files": sizes}, indent=2) + "\n")
+        fsync(temporary / "state.json")
+        fsync(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # only one that is not whole, or an older final/, can stand here
+        os.rename(temporary, target)
+        fsync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def step_of(path: Path) -> int:
+    suffix = path.name.removeprefix("step_")
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest `step_<n>` whose files all have the size its manifest says, and n; (None, 0) without one."""
+    for path in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+        try:
+            files = json.loads((path / "state.json").read_text())["files"]
+            wrong = [name for name, size in files.items() if (path / name).stat().st_size != size]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wrong = [str(error)]
+        if not wrong:
+            return path, step_of(path)
+        print(f"skipped    {path}, not a whole checkpoint: {wrong[0]}", file=sys.stderr)
+    return None, 0
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> None:
+    """A Hugging Face model folder: weights in `dtype`, tokenizer, chat template, the source's generation config."""
+    bare, model.generation_config = model.generation_config, model.source_generation_config
+    model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
+    model.generation_config = bare
+    model.config.dtype = model.source_dtype  # who loads the folder without asking for a dtype gets the source's
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(
+    run: Run, step: int, model: PreTrainedModel, tokenizer: Any, optimizer: torch.optim.Optimizer
+) -> None:
+    """`step_<n>`: the float32 weights and the optimizer's state, from which the run goes on bit for bit. Keeps two.
+
+    No random state is kept: each draw is a function of the seed and the step.
+    """
+
+    def write(folder: Path) -> None:
+        save_model(folder, model, tokenizer, torch.float32)
+        state = optimizer.state_dict()["state"]
+        save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
+
+    def publish_and_prune() -> None:
+        publish(run.folder / f"step_{step}", write, {"step": step})
+        for old in sorted(run.folder.glob("step_*"), key=step_of)[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    on_main_process(run.accelerator, publish_and_prune)
+
+
+def save_final(run: Run, model: PreTrainedModel, tokenizer: Any) -> None:
+    """`final/`: the trained model in the dtype that its source came in."""
+    write = functools.partial(save_model, model=model, tokenizer=tokenizer, dtype=model.source_dtype)
+    on_main_process(run.accelerator, publish, run.folder / "final", write, {"step": run.args.num_steps})
+
+
+def restore_optimizer(run: Run, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the optimizer's state of the checkpoint that the run goes on from, if there is one."""
+    if run.checkpoint is not None:
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(run.checkpoint / "optimizer.safetensors").items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

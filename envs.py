@@ -1,0 +1,367 @@
+"""Environments: a prompt, an optional answer, and a reward. Datasets of them, and the grader for math answers.
+
+An environment is the whole task: `prompt` is what the model sees, `get_reward` scores what it wrote, `get_target` is
+what supervised fine-tuning imitates. A dataset is anything with `len` and `[]` that gives environments.
+"""
+
+import hashlib
+import inspect
+import json
+import random
+import re
+import runpy
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Message = dict[str, str]
+BOXED = r"Answer in \boxed{}."  # the one sentence that asks for the form the grader reads
+
+
+class UserError(Exception):
+    """The user's mistake: `common.run` prints it as one line and exits with code 2."""
+
+
+@dataclass
+class EnvBase:
+    """One task. Subclass it and write `get_reward` to bring your own."""
+
+    prompt: list[Message]  # chat messages: {"role": ..., "content": ...}
+    answer: str | int | float | None = None
+
+    def get_reward(self, completion: str) -> float:
+        """Score of a completion (its text, without the stop token). At least 1.0 counts as solved."""
+        raise NotImplementedError(f"{type(self).__name__} has no get_reward")
+
+    def get_target(self) -> str:
+        """The assistant turn that supervised fine-tuning trains."""
+        if self.answer is None:
+            raise UserError("this environment has no answer to imitate: give it one, or write its get_target")
+        return str(self.answer)
+
+
+@dataclass
+class MathEnv(EnvBase):
+    r"""1.0 for the right answer in the last `\boxed{}`, 0.1 for a wrong one in that form, 0.0 without a box."""
+
+    target: str | None = None  # a worked answer; None: the boxed answer alone
+
+    def get_reward(self, completion: str) -> float:
+        candidate = last_boxed(completion)
+        if candidate is None:
+            return 0.0
+        return 1.0 if same_answer(candidate, str(self.answer)) else 0.1
+
+    def get_target(self) -> str:
+        return self.target if self.target is not None else f"\\boxed{{{self.answer}}}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grading: parsed, never evaluated, in time linear in the length of the text
+
+BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
+DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+NUMBER = re.compile(rf"([+-]?)\s*({DECIMAL})(?:\s*/\s*({DECIMAL}))?\.?", re.ASCII)
+LATEX_FRACTION = re.compile(r"([+-]?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
+MAX_ANSWER_CHARS = 200  # int() of a long digit string takes quadratic time; no real answer is longer
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Contents of the `\boxed{...}` that starts last and whose braces balance; None if there is none."""
+    stack: list[tuple[bool, int]] = []  # (is a box, where its contents start) of the braces still open
+    last = None
+    for match in BRACES.finditer(text):
+        token = match.group()
+        if token == "}":
+            if stack:
+                is_box, start = stack.pop()
+                if is_box and (last is None or start > last[0]):
+                    last = (start, match.start())
+        elif token[-1] == "{" and token != r"\{":
+            stack.append((token != "{", match.end()))
+    return None if last is None else text[last[0] : last[1]]
+
+
+def plain(answer: str) -> str:
+    r"""An answer without its LaTeX dress: `$`, `\$`, `\text{...}`, thin spaces, the typographic minus."""
+    answer = LATEX_TEXT.sub(r"\1", answer)
+    for old, new in ((r"\$", ""), ("$", ""), (r"\!", ""), (r"\,", " "), (r"\ ", " "), ("\u2212", "-")):
+        answer = answer.replace(old, new)
+    return answer.strip()
+
+
+def parse_number(answer: str) -> Fraction | None:
+    r"""Exact value of `72`, `72.`, `1,000`, `3/4`, `0.75`, `\frac{3}{4}`, `$72`; None if it is not one plain number."""
+    if len(answer) > MAX_ANSWER_CHARS:
+        return None
+    answer = plain(answer)
+    if fraction := LATEX_FRACTION.fullmatch(answer):  # fullmatch: 1\frac{1}{2} must not become 11/2
+        answer = f"{fraction[1]}{fraction[2].strip()}/{fraction[3].strip()}"
+    match = NUMBER.fullmatch(answer)
+    if match is None:
+        return None
+    sign, numerator, denominator = match.groups()
+    value = Fraction(numerator.replace(",", ""))
+    if denominator is not None:
+        divisor = Fraction(denominator.replace(",", ""))
+        if divisor == 0:
+            return None
+        value /= divisor
+    return -value if sign == "-" else value
+
+
+def same_answer(candidate: str, answer: str) -> bool:
+    """Equal as exact numbers if the reference answer is a number, else equal as text."""
+    number = parse_number(answer)
+    if number is not None:
+        return parse_number(candidate) == number
+    return plain(candidate) == plain(answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+OPERANDS = {"add": "+", "sub": "-", "mult": "*", "div": "/"}
+EVAL_FRACTION = 5  # one problem in five belongs to the evaluation split
+
+
+class MathDataset(torch.utils.data.Dataset):
+    """Distinct problems `a + b`, seeded. Train and eval share no problem: the hash of the operands decides the split,
+    the same for a + b and b + a, whatever the seed and the range.
+
+    Args:
+        num_samples: at most this many problems; fewer when the range of operands has fewer.
+        min_val, max_val: both operands are drawn from this range, ends included.
+        operand: `add`, `sub`, `mult` or `div` (answers of `div` are fractions in lowest terms: `7/3`).
+        split: `train` or `eval`.
+    Raises:
+        UserError: unknown operand or split, min_val above max_val, or no problem left.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 200,
+        min_val: int = 0,
+        max_val: int = 50,
+        operand: str = "add",
+        seed: int = 0,
+        split: str = "train",
+    ):
+        if operand not in OPERANDS:
+            raise UserError(f"unknown operand {operand!r}: choose one of {', '.join(OPERANDS)}")
+        if split not in ("train", "eval"):
+            raise UserError(f"unknown split {split!r}: choose train or eval")
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}: it must be at least 1")
+        if not 0 <= max_val - min_val < 3 * 10**9:  # the pairs of operands are numbered in 64 bits
+            raise UserError(f"operands from {min_val} to {max_val}: min_val is above max_val, or the range too wide")
+        width = max_val - min_val + 1
+        # A sample of a range needs no memory for the range. Only one pair in five is an eval problem: draw with room.
+        pairs = random.Random(seed).sample(range(width**2), min(width**2, 10 * num_samples + 200))
+        self.envs: list[MathEnv] = []
+        for pair in pairs:
+            a, b = min_val + pair // width, min_val + pair % width
+            if is_eval_problem(a, b, operand) == (split == "eval") and not (operand == "div" and b == 0):
+                self.envs.append(math_problem(a, b, operand))
+                if len(self.envs) == num_samples:
+                    break
+        if not self.envs:
+            raise UserError(
+                f"no {operand} problem of the {split} split has operands from {min_val} to {max_val}: widen the range"
+            )
+
+    def __len__(self) -> int:
+        return len(self.envs)
+
+    def __getitem__(self, index: int) -> MathEnv:
+        return self.envs[index]
+
+
+def is_eval_problem(a: int, b: int, operand: str) -> bool:
+    if operand in ("add", "mult"):
+        a, b = min(a, b), max(a, b)
+    digest = hashlib.sha256(f"{a} {b}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % EVAL_FRACTION == 0
+
+
+def math_problem(a: int, b: int, operand: str) -> MathEnv:
+    answer = {"add": a + b, "sub": a - b, "mult": a * b, "div": Fraction(a, b or 1)}[operand]
+    problem = f"{a} {OPERANDS[operand]} {b}"
+    prompt = [{"role": "user", "content": f"What is {problem}? {BOXED}"}]
+    return MathEnv(prompt, str(answer), target=f"{problem} = \\boxed{{{answer}}}")
+
+
+def load_dataset(
+    name: str,
+    split: str = "train",
+    *,
+    num_samples: int | None = None,
+    min_val: int | None = None,
+    max_val: int | None = None,
+    operand: str | None = None,
+    seed: int = 0,
+) -> Any:
+    """A dataset by name: `math`, `gsm8k`, a `.jsonl` path, `file.py:function`, `reasoning_gym:NAME`, a hub id
+    (`id:config` names a configuration) or a local folder that `datasets` can read.
+
+    Args:
+        split: `train` or `eval`.
+        num_samples: at most the first N rows (`math`, `reasoning_gym`: N problems are made).
+        min_val, max_val, operand: for `math` only; None means `MathDataset`'s default.
+    Returns:
+        A sequence of `EnvBase`; None without such a split (`.jsonl` and `file.py:function` have no eval).
+    Raises:
+        UserError: missing, malformed or empty, in one line that says where.
+    """
+    ranges = {"min_val": min_val, "max_val": max_val, "operand": operand}
+    given = {key: value for key, value in ranges.items() if value is not None}
+    if name == "math":
+        size = {} if num_samples is None else {"num_samples": num_samples}
+        return MathDataset(**given, **size, seed=seed, split=split)
+    if given:
+        flags = ", ".join("--" + key.replace("_", "-") for key in given)
+        raise UserError(f"{flags}: only for --dataset math, not for {name}")
+    if split == "eval" and is_file(name):
+        return None
+    if name.endswith(".jsonl"):
+        envs = load_jsonl(Path(name))
+    elif ".py:" in name:
+        envs = load_python(name)
+    elif name.startswith("reasoning_gym:"):
+        return load_reasoning_gym(name.removeprefix("reasoning_gym:"), num_samples or 200, seed + (split == "eval"))
+    else:
+        envs = load_hub("openai/gsm8k:main" if name == "gsm8k" else name, split)
+    if envs is None:
+        return None
+    if not len(envs):
+        raise UserError(f"{name}: no rows")
+    return envs if num_samples is None else [envs[i] for i in range(min(num_samples, len(envs)))]
+
+
+def is_file(name: str) -> bool:
+    """Whether the dataset is a file of the user's: it has one split."""
+    return name.endswith(".jsonl") or ".py:" in name
+
+
+def load_jsonl(path: Path) -> list[EnvBase]:
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    envs = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # bad JSON and bad UTF-8 alike
+                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
+            envs.append(row_to_env(row, f"{path}:{number}"))
+    return envs
+
+
+def row_to_env(row: Any, where: str) -> EnvBase:
+    """One row with `messages`, or a prompt (`prompt` or `question`) with `answer` (graded) or `target` (imitated)."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be an object with messages, or prompt and answer")
+    if "messages" in row:
+        messages = check_messages(row["messages"], where)
+        while messages and messages[-1]["role"] != "assistant":  # nothing after the last assistant turn trains
+            messages = messages[:-1]
+        if not messages:
+            raise UserError(f"{where}: messages has no assistant turn")
+        return EnvBase(messages[:-1], messages[-1]["content"])
+    prompt = row.get("prompt", row.get("question"))
+    if prompt is None:
+        raise UserError(f"{where}: neither messages nor prompt among the keys {', '.join(map(str, row)) or '(none)'}")
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = check_messages(prompt, where)
+    answer, target = row.get("answer"), row.get("target", row.get("completion"))
+    if answer is not None and (not isinstance(answer, (str, int, float)) or answer != answer):
+        raise UserError(f"{where}: answer must be text or a number, not {answer!r}")
+    if target is not None and not isinstance(target, str):
+        raise UserError(f"{where}: target must be text, not {target!r}")
+    return EnvBase(prompt, target) if answer is None else MathEnv(prompt, answer, target)
+
+
+def check_messages(messages: Any, where: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages must be a list with at least one message")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"{where}: each message must be an object with role and content")
+        if not isinstance(message.get("content"), str):
+            raise UserError(f"{where}: the content of a {message['role']} message must be text")
+    return messages
+
+
+def load_hub(name: str, split: str) -> list[EnvBase] | None:
+    import datasets  # here, not above: a second of start-up that most runs do not need
+
+    path, _, config = name.partition(":")
+    try:
+        splits = datasets.load_dataset(path, config or None)
+    except Exception as error:  # the library raises a dozen types, the network's and the parsers' among them
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot load dataset {name}: {reason}") from None
+    found = next((s for s in (["train"] if split == "train" else ["test", "validation"]) if s in splits), None)
+    if found is None and split == "eval":
+        return None
+    if found is None:
+        raise UserError(f"{name} has no train split, only {', '.join(splits)}")
+    make = gsm8k_env if path == "openai/gsm8k" else row_to_env
+    return [make(row, f"{name} {found} row {i}") for i, row in enumerate(splits[found])]
+
+
+def gsm8k_env(row: Any, where: str) -> MathEnv:
+    """`... <<40+32=72>>72 clips in all.\n#### 72`: the answer stands after ####, the <<...>> are calculator notes."""
+    solution, mark, answer = row["answer"].rpartition("####")
+    if not mark:
+        raise UserError(f"{where}: no #### before the answer")
+    worked = re.sub(r"<<.*?>>", "", solution).strip()
+    prompt = [{"role": "user", "content": f"{row['question']} {BOXED}"}]
+    return MathEnv(prompt, answer.strip(), target=f"{worked}\n\\boxed{{{answer.strip()}}}")
+
+
+def load_python(name: str) -> Any:
+    """Calls `function()` of `file.py`; it returns a dataset of environments."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    make = runpy.run_path(path).get(function)
+    if make is None:
+        raise UserError(f"{path} has no function {function}")
+    envs = make()
+    if not (hasattr(envs, "__len__") and len(envs) and isinstance(envs[0], EnvBase)):
+        raise UserError(f"{name} must return a sequence with at least one EnvBase, not {type(envs).__name__}")
+    return envs
+
+
+@dataclass
+class ReasoningGymEnv(EnvBase):
+    """A procedural task of the `reasoning-gym` package, scored by its own grader, from 0 to 1."""
+
+    task: Any = None  # the package's dataset
+    entry: Any = None  # and one of its entries
+
+    def get_reward(self, completion: str) -> float:
+        return float(self.task.score_answer(last_boxed(completion), self.entry))
+
+
+def load_reasoning_gym(name: str, size: int, seed: int) -> list[EnvBase]:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError("reasoning_gym:NAME needs the package: pip install reasoning-gym") from None
+    try:
+        task = reasoning_gym.create_dataset(name, size=size, seed=seed)
+    except ValueError as error:
+        raise UserError(f"reasoning_gym:{name}: {error}") from None
+    # Some graders run the model's answer as Python code. A completion must never be executed.
+    source = Path(inspect.getfile(type(task))).read_text() if "score_answer" in vars(type(task)) else ""
+    if re.search(r"\b(eval|exec|parse_expr|sympify)\(", source):
+        raise UserError(f"reasoning_gym:{name} is refused: its grader may evaluate the model's answer as code")
+    prompts = [[{"role": "user", "content": f"{entry['question']}\n{BOXED}"}] for entry in task]
+    return [ReasoningGymEnv(p, entry["answer"], task, entry) for p, entry in zip(prompts, task, strict=True)]

@@ -1,0 +1,157 @@
+"""Evaluate a model on a dataset: sample completions, score them with the environment, report accuracy and pass@k.
+
+    accuracy = mean over problems of the share of completions that are solved (reward of at least 1.0)
+    pass@k   = mean over problems of 1 - C(n - c, k) / C(n, k)    n completions, c of them solved
+
+pass@k is the unbiased estimate of https://arxiv.org/abs/2107.03374 (section 2.1): that one of k samples solves it.
+The interval of the accuracy is a bootstrap over problems: completions of one problem are not independent.
+
+Laptop:  python evaluate.py --model tiny
+GPU:     accelerate launch evaluate.py --model runs/grpo/final --dataset gsm8k --num-completions 8 --temperature 1
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import common
+import envs
+from common import UserError
+
+
+@dataclass
+class Args:
+    # Model
+    model: str = "tiny"
+    """hub id, folder (such as a run's final or step_100), or a bundled model: tiny, tiny-teacher"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the weights and the forward pass. auto: bf16 on a GPU that has it"""
+    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    chat_template_args: str = "{}"
+    """JSON object passed to the chat template, such as '{"enable_thinking": false}'"""
+
+    # Data: the evaluation split of a dataset, or the rows of a file
+    dataset: str = "math"
+    """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
+    num_samples: int = 512
+    """at most this many problems, the same ones as the trainers' --eval-samples"""
+    min_val: int | None = None
+    """math: smallest operand (default 0)"""
+    max_val: int | None = None
+    """math: largest operand (default 50)"""
+    operand: Literal["add", "sub", "mult", "div"] | None = None
+    """math: the operation (default add)"""
+
+    # Sampling
+    num_completions: int = 1
+    """completions per problem"""
+    temperature: float = 0.0
+    """0: greedy"""
+    max_new_tokens: int = 256
+    """longest completion"""
+    micro_batch_tokens: int = 4096
+    """the memory knob, as in the trainers: generation holds 16 times as many tokens"""
+
+    # Run
+    output_dir: str | None = None
+    """where results.jsonl and metrics.json go; default runs/evaluate-<model>-<time>"""
+    seed: int = 1
+    """of the problems and the sampling"""
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n completions, drawn without replacement, hold at least one of the c solved ones."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 2000) -> tuple[float, float]:
+    """95% interval of the mean of one value a problem, by resampling problems with replacement."""
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarize(records: list[dict[str, Any]], num_completions: int, seed: int) -> dict[str, float]:
+    """Metrics of one record a completion, `num_completions` in a row for each problem."""
+    rewards = np.array([r["reward"] for r in records]).reshape(-1, num_completions)  # (P, G)
+    solved = rewards >= 1.0
+    low, high = bootstrap_interval(solved.mean(axis=1), seed)
+    metrics = {"eval/accuracy": float(solved.mean()), "eval/accuracy_low": low, "eval/accuracy_high": high}
+    metrics |= {"eval/reward_mean": float(rewards.mean()), "eval/reward_std": float(rewards.std())}
+    metrics["eval/partial_frac"] = float(((rewards > 0) & ~solved).mean())  # rewarded, not solved: right form only
+    for k in sorted({2**i for i in range(num_completions.bit_length())} | {num_completions}):
+        if num_completions > 1:
+            passes = [pass_at_k(num_completions, int(c), k) for c in solved.sum(axis=1)]
+            metrics[f"eval/pass@{k}"] = float(np.mean(passes))
+    metrics["completion/length_mean"] = float(np.mean([r["tokens"] for r in records]))
+    metrics["completion/truncated_frac"] = float(np.mean([r["finish_reason"] == "length" for r in records]))
+    return metrics
+
+
+def main(args: Args, dataset: Any = None) -> None:
+    accelerator = common.start(args, temperature=common.FINITE)
+    if args.num_completions > 1 and args.temperature == 0:
+        raise UserError("--num-completions above 1 needs --temperature above 0: greedy completions are all the same")
+    if dataset is None:
+        split = "train" if envs.is_file(args.dataset) else "eval"
+        ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
+        dataset = envs.load_dataset(args.dataset, split, num_samples=args.num_samples, seed=args.seed, **ranges)
+    if dataset is None:
+        raise UserError(f"{args.dataset} has neither a test nor a validation split")
+    name = f"evaluate-{Path(args.model).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(args.output_dir or f"runs/{name}")
+    if (folder / "results.jsonl").exists():
+        raise UserError(f"{folder} holds results already: choose another --output-dir")
+
+    # Load the model
+    dtype, dtype_reason = common.pick_dtype(args.dtype, accelerator.device)
+    attn, attn_reason = common.pick_attention(args.attn, accelerator.device, dtype)
+    tokenizer = common.load_tokenizer(args.model)
+    model = common.load_model(args.model, accelerator.device, attn, dtype)
+    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
+
+    # Sample and score
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    console.print(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M parameters")
+    console.print(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
+    console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
+    started = time.perf_counter()
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        options = {"template_args": json.loads(args.chat_template_args), "progress": progress, "seed": args.seed}
+        options |= {"temperature": args.temperature, "num_completions": args.num_completions}
+        evaluator = common.Evaluator(engine, tokenizer, dataset, args.max_new_tokens, **options)
+        _, records = evaluator.evaluate()
+    seconds = time.perf_counter() - started
+
+    # Report
+    metrics = summarize(records, args.num_completions, args.seed)
+    metrics |= {"time/rollout": seconds, "perf/tokens_per_second": sum(r["tokens"] for r in records) / seconds}
+    if not accelerator.is_main_process:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "results.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    about = vars(args) | {"problems": len(dataset), "git_revision": common.git_revision()}
+    (folder / "metrics.json").write_text(json.dumps(about | metrics, indent=2) + "\n")
+    table = Table("metric", "value", title=f"{args.model} on {args.dataset}")
+    for metric, value in metrics.items():
+        table.add_row(metric, f"{value:,.4f}")
+    console.print(table)
+    console.print(f"saved      {folder}")
+
+
+if __name__ == "__main__":
+    common.run(main, tyro.cli(Args))

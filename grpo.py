@@ -1,0 +1,370 @@
+"""GRPO: reinforcement learning from verifiable rewards; the baseline is the mean reward of a prompt's own completions.
+
+For each prompt, sample G completions o_1 ... o_G from the policy, score them, and maximise
+
+    J = 1/Z * sum over i, t of  min(ratio * A_i, clip(ratio, 1 - eps, 1 + eps_high) * A_i) - beta * KL_it
+
+    ratio = pi(o_it) / pi_old(o_it)        A_i = (r_i - mean(r)) / (std(r) + 1e-4)        KL_it = ratio * (e^d - d - 1)
+
+with d = log pi_ref(o_it) - log pi(o_it). Z is the number of completion tokens of the step, over all processes.
+
+What differs from the paper (https://arxiv.org/abs/2402.03300):
+1. --loss-type dapo (default) divides by all tokens of a step (https://arxiv.org/abs/2503.14476); `grpo` is the paper's
+   mean over sequences of means over tokens; `dr_grpo` divides by a constant (https://arxiv.org/abs/2503.20783).
+2. Clip-higher: the upper bound is 0.28, not 0.2 (DAPO). It matters from the second of --ppo-steps on.
+3. No KL term by default. When on, it is weighted by the live ratio: the gradient of the paper's estimator is not that
+   of the KL divergence, this one's is (https://arxiv.org/abs/2512.02556, section 3.1).
+4. Groups whose rewards are all equal have no gradient: without a KL term they are counted but not computed.
+5. pi_old is the trainer's own detached log-prob in the first of --ppo-steps: no extra forward pass.
+
+Laptop:  python grpo.py
+GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --batch-size 32
+Guide:   training_guide/grpo.md
+"""
+
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import tyro
+
+import common
+
+
+@dataclass
+class Args:
+    # Model
+    model: str = "tiny"
+    """hub id, folder, or a bundled model: tiny, tiny-teacher"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the forward pass (autocast) and of the reference; the trained weights are float32 always. auto: bf16 on a GPU
+    that has it"""
+    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    gradient_checkpointing: bool = False
+    """recompute activations in backward: less memory, about a third more time"""
+    chat_template_args: str = "{}"
+    """JSON object passed to the chat template, such as '{"enable_thinking": false}'"""
+
+    # Data and rollout
+    dataset: str = "math"
+    """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
+    eval_dataset: str | None = None
+    """likewise; default: the evaluation split of --dataset"""
+    num_samples: int | None = None
+    """math: how many problems (default 200); else keep the first N rows"""
+    min_val: int | None = None
+    """math: smallest operand (default 0)"""
+    max_val: int | None = None
+    """math: largest operand (default 50)"""
+    operand: Literal["add", "sub", "mult", "div"] | None = None
+    """math: the operation (default add)"""
+    batch_size: int = 16
+    """prompts per process and step"""
+    group_size: int = 8
+    """completions per prompt"""
+    max_new_tokens: int = 256
+    """longest completion"""
+    temperature: float = 1.0
+    """of sampling; the loss differentiates the same distribution"""
+
+    # Algorithm
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """what the sum over tokens is divided by: all tokens of the step; each sequence's length, then the number of
+    sequences; the number of sequences times --max-new-tokens"""
+    advantage_scale: Literal["group", "none"] = "group"
+    """group: divide (reward - group mean) by the group's standard deviation; none: do not"""
+    ppo_steps: int = 1
+    """optimizer steps on each rollout, each on the whole of it"""
+    clip_eps: float = 0.2
+    """the ratio is clipped at 1 - clip_eps where that lowers the objective"""
+    clip_eps_high: float = 0.28
+    """and at 1 + clip_eps_high"""
+    kl_penalty: float = 0.0
+    """weight of the KL divergence to the initial model; 0: none, and no reference model is loaded"""
+    mask_truncated: bool = False
+    """completions cut at --max-new-tokens do not train (their rewards still count in the group's mean)"""
+
+    # Optimization
+    num_steps: int = 150
+    """rollouts, each followed by --ppo-steps updates"""
+    learning_rate: float | None = None
+    """peak; default 1e-6, for a bundled model 3e-4"""
+    warmup_steps: int = 5
+    """steps of linear warm-up"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """after warm-up: constant, or down to zero at the last step"""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only"""
+    max_grad_norm: float = 1.0
+    """clip the gradient's norm to this; inf: never"""
+    micro_batch_tokens: int = 4096
+    """the memory knob: padded tokens per forward and backward pass. It changes memory and speed, not the gradient"""
+
+    # Evaluation
+    eval_steps: int = 50
+    """evaluate (greedily) every so many steps, and at the first and the last; 0: never"""
+    eval_samples: int = 512
+    """at most this many problems"""
+
+    # Run
+    output_dir: str | None = None
+    """the run's folder; default runs/<script>-<model>-<time>"""
+    resume: bool = False
+    """go on from the newest checkpoint in --output-dir; start afresh if there is none"""
+    saving_steps: int = 50
+    """save a checkpoint every so many steps, and at the last"""
+    logging_steps: int = 1
+    """log every so many steps"""
+    seed: int = 1
+    """of everything random"""
+    enable_wandb: bool = False
+    """log to Weights & Biases as well"""
+    wandb_project: str | None = None
+    """default: the script's name"""
+    wandb_run_name: str | None = None
+    """default: the run folder's name"""
+
+
+# P prompts, G completions per prompt, B = P * G sequences, T tokens
+def group_advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
+    """Rewards relative to their group's mean, (P, G) -> (P, G). A group of equal rewards gets exact zeros.
+
+    Args:
+        scale: `group` divides by the group's sample standard deviation + 1e-4, `none` does not.
+    """
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    # In float32 the mean of eight 0.1s is not 0.1: compare the rewards themselves.
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return torch.where(equal, 0.0, advantages)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    denominator: float,
+    clip_eps: float,
+    clip_eps_high: float,
+    loss_type: str,
+    ref_logprobs: torch.Tensor | None = None,
+    kl_penalty: float = 0.0,
+    importance_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped objective, negated, plus the KL penalty.
+
+    Args:
+        logprobs, old_logprobs, ref_logprobs, loss_mask: (B, T); advantages: (B,).
+        denominator: of the whole step, over all micro-batches and processes: trained tokens for `dapo`, sequences for
+            `grpo`, sequences * max_new_tokens for `dr_grpo`.
+        importance_weights: (B, T), multiply the policy term only (truncated importance sampling).
+    Returns:
+        The loss (this call's share of the step's), and detached sums over this call's trained tokens.
+    """
+    assert logprobs.shape == old_logprobs.shape == loss_mask.shape
+    assert advantages.shape == logprobs.shape[:1]
+    mask = loss_mask.bool()
+    ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()  # (B, T)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
+    policy_loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+    sums = {"loss/policy": policy_loss, "policy/ratio_mean": ratio}
+    sums["policy/clip_frac"] = (clipped * advantages[:, None] < ratio * advantages[:, None]).to(ratio.dtype)
+    per_token = policy_loss if importance_weights is None else policy_loss * importance_weights
+    if ref_logprobs is not None:
+        d = torch.where(mask, ref_logprobs - logprobs, 0)
+        sums["loss/kl"] = ratio * (d.exp() - d - 1)
+        per_token = per_token + kl_penalty * sums["loss/kl"]
+    if loss_type == "grpo":  # a mean over each sequence's own tokens
+        per_token = per_token / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    loss = torch.where(mask, per_token, 0).sum() / denominator
+    return loss, {name: torch.where(mask, value.detach(), 0).sum() for name, value in sums.items()}
+
+
+def explain_no_gradient(rewards: torch.Tensor, truncated: torch.Tensor) -> str:
+    """Why no group of the step has a gradient: rewards (P, G), truncated (P, G)."""
+    right, wrong = (rewards >= 1.0).all(dim=1), (rewards < 1.0).all(dim=1)
+    cut = (wrong & truncated.bool().all(dim=1)).sum()
+    return (
+        f"no gradient: of {len(rewards)} groups, {right.sum()} all right, {wrong.sum()} all wrong ({cut} all truncated)"
+    )
+
+
+def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
+    learning_rate = (
+        args.learning_rate if args.learning_rate is not None else 3e-4 if args.model in common.BUNDLED else 1e-6
+    )
+
+    # --- same in sft.py, grpo.py ---
+    accelerator = common.start(args)
+    train_dataset, eval_dataset = common.load_datasets(args, train_dataset, eval_dataset)
+    run = common.Run(args, __file__, accelerator, learning_rate)
+    if run.finished:
+        return
+    dtype, dtype_reason = common.pick_dtype(args.dtype, accelerator.device)
+    attn, attn_reason = common.pick_attention(args.attn, accelerator.device, dtype)
+    tokenizer = common.load_tokenizer(run.source)
+    template_args = json.loads(args.chat_template_args)
+    # --- end ---
+
+    common.require_rewards(train_dataset)
+    longest_prompt = common.context_length(common.load_config(run.source)) - args.max_new_tokens
+    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest_prompt, template_args)
+
+    model = common.load_model(run.source, accelerator.device, attn)
+    reference = None
+    if args.kl_penalty > 0:
+        reference = common.ChunkedLM(common.load_model(args.model, accelerator.device, attn, dtype), dtype)
+        reference.requires_grad_(False)
+
+    # --- same in sft.py, grpo.py ---
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # it works in training mode only; dropout is 0
+    policy = accelerator.prepare(common.ChunkedLM(model, dtype))
+    optimizer = common.make_optimizer(policy, args.weight_decay)
+    common.restore_optimizer(run, optimizer)
+    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
+    # --- end ---
+    evaluator = None
+    if eval_dataset is not None:
+        options = {"template_args": template_args, "progress": run.progress}
+        evaluator = common.Evaluator(engine, tokenizer, eval_dataset, args.max_new_tokens, **options)
+
+    run.begin(dtype=str(dtype), attention=attn)
+    local_size = args.batch_size * args.group_size  # B: completions of this process
+    total_size = local_size * accelerator.num_processes
+    size = f"{total_size // args.group_size} prompts x {args.group_size} completions a step"
+    run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights")
+    run.say(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
+    run.say(f"data       {args.dataset}: {len(train_dataset)} prompts, {len(eval_dataset or [])} for evaluation")
+    run.say(f"batch      {size}, learning rate {learning_rate}")
+
+    if evaluator is not None and run.step == 0:
+        run.log(0, evaluator.evaluate()[0])
+    dead_steps = 0  # in a row, without any gradient
+    for step in range(run.step + 1, args.num_steps + 1):
+        # 1. rollout
+        started = time.perf_counter()
+        first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
+        rows = common.data_order(len(train_dataset), args.seed, first, args.batch_size)
+        rows = [i for i in rows for _ in range(args.group_size)]  # P prompts -> B = P * G
+        first = accelerator.process_index * local_size
+        seeds = [common.completion_seed(args.seed, step, first + b) for b in range(local_size)]
+        engine.sync(model)
+        completions = engine.generate(
+            [prompts[i] for i in rows], seeds, max_new_tokens=args.max_new_tokens, temperature=args.temperature
+        )
+        texts = [common.completion_text(tokenizer, completion) for completion in completions]
+        rollout_seconds = time.perf_counter() - started
+
+        # 2. reward
+        scores = [common.score(train_dataset[i], text) for i, text in zip(rows, texts, strict=True)]
+        rewards = torch.tensor(scores, dtype=torch.float64).view(-1, args.group_size)  # (P, G)
+        truncated = torch.tensor([c.finish_reason == "length" for c in completions]).view_as(rewards)  # (P, G)
+
+        # 3. advantages
+        advantages = group_advantages(rewards, args.advantage_scale)  # (P, G)
+        has_gradient = (advantages != 0).any(dim=1, keepdim=True).expand_as(rewards).flatten()  # (B,)
+
+        # 4. loss and update
+        sequences = []  # (token ids, loss mask)
+        for i, completion in zip(rows, completions, strict=True):
+            trains = int(not (args.mask_truncated and completion.finish_reason == "length"))
+            loss_mask = [0] * len(prompts[i]) + [trains] * len(completion.token_ids)
+            sequences.append((prompts[i] + completion.token_ids, loss_mask))
+        trained = [sum(loss_mask) for _, loss_mask in sequences]  # tokens
+        computed = [b for b in range(local_size) if trained[b] and (has_gradient[b] or reference is not None)]
+        computed_tokens = common.global_sum(accelerator, sum(trained[b] for b in computed))
+        trained_tokens = common.global_sum(accelerator, sum(trained))
+        constant = total_size * args.max_new_tokens
+        denominator = {"dapo": trained_tokens, "grpo": total_size, "dr_grpo": constant}[args.loss_type]
+        lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
+        batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens, computed)
+        batch_advantages = [batch.take(advantages.flatten().float().to(accelerator.device)) for batch in batches]
+        engine_logprobs = [batch.place([c.logprobs for c in completions]) for batch in batches]
+        old_logprobs: list[torch.Tensor] = []
+        ref_logprobs: list[torch.Tensor | None] = []
+        sums: Counter[str] = Counter()
+        total_loss, grad_norm = 0.0, 0.0
+        for ppo_step in range(args.ppo_steps if batches else 0):
+            for n, batch in enumerate(batches):
+                inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask, args.temperature)
+                logprobs, _ = common.token_logprobs(policy, *inputs)  # (B, T)
+                if ppo_step == 0:
+                    old_logprobs.append(logprobs.detach())
+                    with torch.inference_mode():
+                        ref_logprobs.append(reference and common.token_logprobs(reference, *inputs)[0])
+                loss, metrics_of_batch = grpo_loss(
+                    logprobs,
+                    old_logprobs[n],
+                    batch_advantages[n],
+                    batch.loss_mask,
+                    denominator=denominator,
+                    clip_eps=args.clip_eps,
+                    clip_eps_high=args.clip_eps_high,
+                    loss_type=args.loss_type,
+                    ref_logprobs=ref_logprobs[n],
+                    kl_penalty=args.kl_penalty,
+                )
+                common.backward(accelerator, policy, loss, last=batch is batches[-1])
+                sums.update(metrics_of_batch)
+                sums["policy/logprob_gap"] += (engine_logprobs[n] - old_logprobs[n]).abs().sum()
+                total_loss += loss.item()
+            grad_norm += common.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step)
+        step_seconds = time.perf_counter() - started
+
+        # 5. log
+        dead_steps = 0 if batches else dead_steps + 1
+        if not batches:
+            everywhere = accelerator.gather(torch.stack([rewards, truncated]).transpose(0, 1).to(accelerator.device))
+            run.say(f"step {step}: {explain_no_gradient(everywhere[:, 0], everywhere[:, 1])}")
+        if dead_steps >= 5:
+            run.say(f"warning: no gradient for {dead_steps} steps: change the problems' difficulty", "bold red")
+        metrics: dict[str, float] = {}
+        if step == 1 or step % args.logging_steps == 0:
+            per_sample = {"reward/mean": rewards.sum(), "reward/std": rewards.std(dim=1).sum() * args.group_size}
+            per_sample["reward/zero_std_frac"] = (~has_gradient).sum()
+            per_sample["completion/length_mean"] = sum(len(c.token_ids) for c in completions)
+            per_sample["completion/truncated_frac"] = truncated.sum()
+            metrics = common.reduce_metrics(accelerator, sums, computed_tokens * args.ppo_steps)
+            metrics |= common.reduce_metrics(accelerator, {"loss/total": total_loss}, args.ppo_steps)
+            metrics |= common.reduce_metrics(accelerator, per_sample, total_size)
+            tokens = metrics["completion/length_mean"] * total_size
+            entropy = {"policy/entropy": -sum(sum(c.logprobs) for c in completions)}
+            metrics |= common.reduce_metrics(accelerator, entropy, tokens)
+            metrics |= {"policy/computed_frac": computed_tokens / tokens}
+            metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm / args.ppo_steps}
+            metrics |= {"time/rollout": rollout_seconds, "time/train": step_seconds - rollout_seconds}
+            metrics |= {"time/step": step_seconds, "perf/tokens_per_second": tokens / step_seconds}
+            metrics |= {"perf/peak_memory_gb": common.peak_memory_gb(accelerator.device)}
+            prompt = train_dataset[rows[0]].prompt[-1]["content"]  # the step's first group goes to the log
+            columns = zip(texts, scores, advantages[0].tolist(), [c.finish_reason for c in completions], strict=False)
+            keys = ("prompt", "completion", "reward", "advantage", "finish_reason")
+            records = [dict(zip(keys, (prompt, *column), strict=True)) for column in columns]
+            at_evaluation = args.eval_steps > 0 and step % args.eval_steps == 0
+            run.log_completions(step, records, show=step in (1, args.num_steps) or at_evaluation)
+
+        # 6. evaluate and save
+        if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
+            metrics |= evaluator.evaluate()[0]
+        # --- same in sft.py, grpo.py ---
+        run.log(step, metrics)
+        stop = common.stop_signal(accelerator)
+        if stop or step == args.num_steps or step % args.saving_steps == 0:
+            common.save_checkpoint(run, step, model, tokenizer, optimizer)
+        if stop and step < args.num_steps:
+            raise SystemExit(128 + stop)
+    common.save_final(run, model, tokenizer)
+    run.finish()
+    # --- end ---
+
+
+if __name__ == "__main__":
+    common.run(main, tyro.cli(Args))

@@ -1,0 +1,207 @@
+"""Checkpoints are whole or absent, load anywhere, and a killed run goes on bit for bit."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+
+CPU = torch.device("cpu")
+
+
+def fill(folder, content="x"):
+    (folder / "weights").write_text(content)
+
+
+def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path):
+    common.publish(tmp_path / "step_1", fill, {})
+
+    def disk_full(folder):
+        fill(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        common.publish(tmp_path / "step_2", disk_full, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step_1"]
+    assert common.newest_checkpoint(tmp_path) == (tmp_path / "step_1", 1)
+
+
+def test_leftovers_and_broken_checkpoints_are_skipped_with_the_reason(tmp_path, capsys):
+    for step in (1, 2, 3, 10):
+        common.publish(tmp_path / f"step_{step}", fill, {})
+    (tmp_path / "step_10" / "weights").write_text("")  # truncated
+    (tmp_path / "step_3" / "state.json").unlink()
+    (tmp_path / ".step_11.tmp").mkdir()  # of a killed writer
+    (tmp_path / "step_x").mkdir()
+    assert common.newest_checkpoint(tmp_path) == (tmp_path / "step_2", 2)
+    skipped = capsys.readouterr().err
+    assert "step_10, not a whole checkpoint: weights" in skipped
+    assert "step_3" in skipped
+    common.publish(tmp_path / "step_10", fill, {})  # a broken one can be replaced
+    assert common.newest_checkpoint(tmp_path)[1] == 10
+    assert common.newest_checkpoint(tmp_path / "absent") == (None, 0)
+
+
+def test_files_reach_the_disk_before_the_manifest_and_that_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    fsync, rename = common.fsync, common.os.rename
+    monkeypatch.setattr(common, "fsync", lambda path: (events.append(path.name), fsync(path)))
+    monkeypatch.setattr(common.os, "rename", lambda a, b: (events.append("rename"), rename(a, b)))
+    common.publish(tmp_path / "step_1", fill, {})
+    assert events == ["weights", "state.json", ".step_1.tmp", "rename", tmp_path.name]
+
+
+def test_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2, 3)) + '{"step": 4, "lo')
+    common.cut_back(log, 2)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1, 2]
+    common.cut_back(log, 0)
+    assert log.read_text() == ""
+
+
+def test_saved_model_loads_with_transformers_and_keeps_its_settings(tiny, tokenizer, tmp_path):
+    common.save_model(tmp_path, tiny, tokenizer, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(ids).logits, tiny(ids).logits)
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"  # as its source
+    chat = [{"role": "user", "content": "a"}]
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat, tokenize=False) == (
+        tokenizer.apply_chat_template(chat, tokenize=False)
+    )
+
+
+# ---- Resume of real runs
+
+SMALL = ["--batch-size", 4, "--saving-steps", 2, "--logging-steps", 1, "--eval-samples", 8, "--num-samples", 50]
+RUNS = {
+    "sft.py": [*SMALL, "--num-steps", 30, "--eval-steps", 7],
+    "grpo.py": [*SMALL, "--num-steps", 24, "--eval-steps", 5, "--group-size", 4, "--max-new-tokens", 24],
+}
+
+
+def start_script(script, *flags):
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def without_timing(lines):
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
+
+
+@pytest.fixture(scope="module", params=list(RUNS))
+def straight(request, tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    done = run_script(request.param, *RUNS[request.param], "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return request.param, folder
+
+
+def assert_same_run(folder, straight_folder):
+    last = common.newest_checkpoint(folder)[0].name
+    for file in ("final/model.safetensors", f"{last}/model.safetensors", f"{last}/optimizer.safetensors"):
+        one, two = (load_file(f / file) for f in (folder, straight_folder))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    assert without_timing(read_metrics(folder)) == without_timing(read_metrics(straight_folder))
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == list(range(len(steps)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [3, 9])
+def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path, after):
+    script, straight_folder = straight
+    folder, flags = tmp_path / "run", [*RUNS[script], "--output-dir", tmp_path / "run", "--resume"]
+    process = start_script(script, *flags)
+    metrics = folder / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > after, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "final").exists()
+    done = run_script(script, *flags)
+    assert done.returncode == 0, done.stderr
+    resumed_from = json.loads((folder / "args.json").read_text())["resumed_from"]
+    assert resumed_from is not None
+    assert resumed_from >= 2
+    assert f"step {resumed_from}/" not in done.stdout  # only the missing steps ran
+    assert f"step {resumed_from + 1}/" in done.stdout
+    assert_same_run(folder, straight_folder)
+    again = run_script(script, *flags)  # nothing left to do
+    assert again.returncode == 0
+    assert "is done" in again.stdout
+
+
+@pytest.mark.slow
+def test_resume_needs_the_saved_moments(straight, tmp_path):
+    """The test above can see a lost optimizer state: with the moments zeroed, the weights come out different."""
+    script, straight_folder = straight
+    folder, flags = tmp_path / "run", [*RUNS[script], "--output-dir", tmp_path / "run"]
+    steps = RUNS[script][RUNS[script].index("--num-steps") + 1]
+    flags[flags.index("--num-steps") + 1] = steps - 4
+    assert run_script(script, *flags).returncode == 0
+    state_file = folder / f"step_{steps - 4}" / "optimizer.safetensors"
+    state = load_file(state_file)
+    save_file({k: v if k.endswith("step") else torch.zeros_like(v) for k, v in state.items()}, state_file)
+    flags[flags.index("--num-steps") + 1] = steps
+    assert run_script(script, *flags, "--resume").returncode == 0
+    one, two = (load_file(f / "final" / "model.safetensors") for f in (folder, straight_folder))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path, signum, code):
+    script, straight_folder = straight
+    folder, flags = tmp_path / "run", [*RUNS[script], "--output-dir", tmp_path / "run"]
+    process = start_script(script, *flags)
+    metrics = folder / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 5, process)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    last = read_metrics(folder)[-1]["step"]
+    assert common.newest_checkpoint(folder)[1] == last  # saved at the very step it stopped at
+    assert run_script(script, *flags, "--resume").returncode == 0
+    assert_same_run(folder, straight_folder)
+
+
+@pytest.mark.slow
+def test_resume_refuses_other_flags_and_used_folders(straight):
+    script, folder = straight
+    flags = [*RUNS[script], "--output-dir", folder]
+    used = run_script(script, *flags)
+    assert (used.returncode, used.stderr.count("\n")) == (2, 1)
+    assert "is not empty" in used.stderr
+    other = run_script(script, *flags, "--resume", "--learning-rate", "0.5", "--batch-size", "3")
+    assert other.returncode == 2
+    assert "--batch-size 4 -> 3" in other.stderr
+    assert "--learning-rate" in other.stderr
+    assert run_script(script, "--resume").returncode == 2
+    longer = [*flags, "--resume", "--enable-wandb", "--saving-steps", 100, "--logging-steps", 2]
+    steps = RUNS[script][RUNS[script].index("--num-steps") + 1] + 2
+    done = run_script(script, *longer, "--num-steps", steps)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(folder)[-1]["step"] == steps
+    assert Path(folder / f"step_{steps}").exists()

@@ -1,0 +1,408 @@
+"""Masks, log-probs, batches, the sampler and the optimizer step are exact."""
+
+import math
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import GenerationConfig
+
+import common
+from common import ChunkedLM, HFEngine, UserError, completion_seed, encode_chat, encode_prompt, token_logprobs
+
+CPU = torch.device("cpu")
+
+
+def chat(*texts):
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def trained_text(tokenizer, messages, **template_args):
+    """Each run of trained tokens, as text with special tokens."""
+    ids, mask = encode_chat(tokenizer, messages, **template_args)
+    assert len(ids) == len(mask)
+    runs, before = [], 0
+    for token, keep in zip(ids, mask, strict=True):
+        if keep:
+            runs = runs if before else [*runs, []]
+            runs[-1].append(token)
+        before = keep
+    return [tokenizer.decode(run) for run in runs]
+
+
+# ---- Masks
+
+
+def test_only_assistant_tokens_and_their_stop_tokens_train(tokenizer):
+    assert trained_text(tokenizer, chat("a b", "c d")) == ["c d<|im_end|>"]
+    assert trained_text(tokenizer, chat("a", "b", "c", "d e")) == ["b<|im_end|>", "d e<|im_end|>"]
+    system = [{"role": "system", "content": "assistant\nb"}]
+    assert trained_text(tokenizer, system + chat("a", "b", "a", "b")) == ["b<|im_end|>"] * 2
+
+
+def test_masks_of_awkward_turns(tokenizer):
+    assert trained_text(tokenizer, chat("a", "", "a", "b")) == ["<|im_end|>", "b<|im_end|>"]  # an empty turn still ends
+    assert trained_text(tokenizer, chat("a", " b\n\n")) == [" b\n\n<|im_end|>"]
+    assert trained_text(tokenizer, chat("a", "b", "c")) == ["b<|im_end|>"]  # ends with the user
+    twice = [*chat("a", "b"), {"role": "assistant", "content": "c"}]
+    assert trained_text(tokenizer, twice) == ["b<|im_end|>", "c<|im_end|>"]
+    assert trained_text(tokenizer, chat("user", "assistant\nuser")) == ["assistant\nuser<|im_end|>"]
+
+
+def test_prompt_is_the_beginning_of_the_conversation(tokenizer):
+    ids, mask = encode_chat(tokenizer, chat("a", "b", "c", "d"))
+    prompt = encode_prompt(tokenizer, chat("a", "b", "c"))
+    assert ids[: len(prompt)] == prompt
+    assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+
+
+def test_template_arguments_reach_the_template(tokenizer, monkeypatch):
+    template = tokenizer.chat_template + "{{ ending }}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    ids, _ = encode_chat(tokenizer, chat("a", "b"), ending="!!")
+    assert tokenizer.decode(ids).endswith("!!")
+    assert tokenizer.decode(encode_prompt(tokenizer, chat("a"), ending="!!")).endswith("!!")
+
+
+def test_conversations_that_cannot_be_masked_are_refused(tokenizer, monkeypatch):
+    with pytest.raises(UserError, match="nothing to train"):
+        encode_chat(tokenizer, chat("a"))
+    with pytest.raises(UserError, match="once, each after a header"):
+        encode_chat(tokenizer, chat(common.SENTINEL, "b"))
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.content | length }}<|im_end|>{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)  # its own text depends on what the assistant said
+    with pytest.raises(UserError, match="changes its own text"):
+        encode_chat(tokenizer, chat("a", "b"))
+
+
+# ---- Log-probs
+
+
+@pytest.fixture
+def batch():
+    """Three sequences of unequal length with holes in their masks, as lists."""
+    torch.manual_seed(0)
+    ids = [torch.randint(4, 90, (n,)).tolist() for n in (9, 6, 4)]
+    return ids, [[0, 0, 1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1], [0, 0, 0, 1]]
+
+
+def pad(rows, side, value=0, width=11):
+    return torch.tensor(
+        [r + [value] * (width - len(r)) if side == "right" else [value] * (width - len(r)) + r for r in rows]
+    )
+
+
+def naive_logprobs(model, ids, mask, temperature):
+    """One sequence at a time, the whole logits, one token at a time."""
+    logits = model(input_ids=torch.tensor([ids])).logits[0] / temperature
+    rows = [logits[t - 1].log_softmax(-1) for t in range(1, len(ids))]
+    values = [rows[t - 1][ids[t]] if mask[t] else torch.zeros((), dtype=logits.dtype) for t in range(1, len(ids))]
+    entropies = [
+        -(row.exp() * row).sum() if keep else torch.zeros(()) for row, keep in zip(rows, mask[1:], strict=True)
+    ]
+    return torch.stack([torch.zeros((), dtype=logits.dtype), *values]), torch.tensor([0.0, *entropies])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunked_logprobs_equal_naive_ones_in_value_and_gradient(tiny, batch, monkeypatch, side, chunk, checkpointing):
+    monkeypatch.setattr(common, "HEAD_CHUNK", chunk)
+    model = common.load_model("tiny", CPU, "sdpa").double()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    ids, masks = batch
+    weights = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    attention = pad([[1] * len(i) for i in ids], side)
+    logprobs, entropy = token_logprobs(model, pad(ids, side, 7), attention, pad(masks, side), 0.7)
+    assert logprobs.shape == entropy.shape == (3, 11)
+    assert logprobs.dtype == torch.float64
+    assert not entropy.requires_grad
+    (logprobs * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for b, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        expected, expected_entropy = naive_logprobs(model, row, mask, 0.7)
+        place = slice(0, len(row)) if side == "right" else slice(11 - len(row), 11)
+        torch.testing.assert_close(logprobs[b, place], expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(entropy[b, place].float(), expected_entropy, rtol=1e-5, atol=1e-5)
+        (expected * weights[place]).sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_nothing_predicts_the_first_token_and_no_token_may_train(tiny):
+    ids = torch.tensor([[5, 6, 7]])
+    logprobs, _ = token_logprobs(tiny, ids, torch.ones_like(ids), torch.tensor([[1, 0, 0]]))
+    assert logprobs.tolist() == [[0, 0, 0]]
+    model = common.load_model("tiny", CPU, "sdpa")
+    token_logprobs(model, ids, torch.ones_like(ids), torch.zeros_like(ids))[0].sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())  # a dummy takes part, and adds 0
+
+
+def test_full_logits_of_a_batch_never_exist(tiny, batch, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(common, "HEAD_CHUNK", 4)
+    hook = tiny.get_output_embeddings().register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[0]))
+    ids, masks = batch
+    token_logprobs(tiny, pad(ids, "right"), pad([[1] * len(i) for i in ids], "right"), pad(masks, "right"))
+    hook.remove()
+    assert sizes == [4, 4, 3]  # 11 trained tokens of 33
+
+
+# ---- Batches and order
+
+
+def test_groups_cover_every_sequence_once_within_the_budget():
+    lengths = [5, 9, 1, 7, 7, 3, 30, 2]
+    groups = common.group_by_length(lengths, 16)
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    for group in groups:
+        longest = max(lengths[i] for i in group)
+        assert len(group) * longest <= 16 or len(group) == 1
+    assert common.group_by_length([], 16) == []
+
+
+def test_micro_batches_keep_ids_masks_and_values_in_place():
+    sequences = [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 0]), ([1, 2, 3, 4], [0, 0, 0, 1])]
+    values, seen = [[0.1, 0.2], [], [0.3]], set()
+    for batch in common.micro_batches(Accelerator(cpu=True), sequences, 8):
+        placed = batch.place(values)
+        advantages = batch.take(torch.tensor([1.0, 2.0, 3.0]))
+        for r, row in enumerate(batch.rows):
+            seen.add(row)
+            ids, mask = sequences[row]
+            assert batch.input_ids[r][batch.attention_mask[r].bool()].tolist() == ids
+            assert batch.loss_mask[r].tolist() == mask + [0] * (batch.loss_mask.shape[1] - len(mask))
+            assert placed[r][batch.loss_mask[r].bool()].tolist() == pytest.approx(values[row])
+            assert advantages[r] == row + 1
+    assert seen == {0, 1, 2}
+    some = common.micro_batches(Accelerator(cpu=True), sequences, 100, rows=[2, 0])
+    assert [batch.rows for batch in some] == [[2, 0]]
+
+
+def test_data_order_is_a_permutation_an_epoch_and_a_function_of_the_position():
+    whole = common.data_order(7, 1, 0, 21)
+    assert all(sorted(whole[e : e + 7]) == list(range(7)) for e in (0, 7, 14))
+    assert whole[:7] != whole[7:14]
+    assert common.data_order(7, 1, 5, 6) == whole[5:11]  # across the end of an epoch
+    assert common.data_order(7, 2, 0, 21) != whole
+
+
+def test_schedules():
+    def lr(step, schedule):
+        return common.scheduled_lr(step, 2.0, 4, 14, schedule)
+
+    assert [lr(s, "constant") for s in (1, 2, 4, 5, 14)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    assert lr(5, "linear") == lr(5, "cosine") == 2.0
+    assert lr(10, "linear") == pytest.approx(1.0)
+    assert lr(10, "cosine") == pytest.approx(1.0)
+    assert 0 < lr(14, "cosine") < lr(14, "linear") < 0.21
+
+
+# ---- The optimizer step
+
+
+def test_optimizer_step_clips_and_reports_the_norm_before():
+    model = torch.nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert common.optimizer_step(model, optimizer, 0.1, 1.0, step=1) == pytest.approx(5.0)
+    torch.testing.assert_close(before - model.weight, 0.1 * torch.tensor([[0.6, 0.8]]))
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_gradient_stops_before_any_weight_changes(bad):
+    model = torch.nn.Linear(2, 1)
+    optimizer = common.make_optimizer(model, 0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model.bias.grad[0] = bad
+    with pytest.raises(FloatingPointError, match="step 7"):
+        common.optimizer_step(model, optimizer, 0.1, math.inf, step=7)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_only_matrices_decay():
+    groups = common.make_optimizer(torch.nn.Linear(2, 3), 0.1).param_groups
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.1, [2]), (0.0, [1])]
+
+
+# ---- Generation
+
+
+@pytest.fixture(scope="module")
+def engine(tiny, tokenizer):
+    return HFEngine(tiny, tokenizer, 100_000)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    texts = ["What is 3 + 4? Answer in \\boxed{}.", "12 + 5?", "Say something long, please."]
+    return [encode_prompt(tokenizer, chat(text)) for text in texts]
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square of 20,000 draws over 12 outcomes, temperature included; the draws never take probability 0."""
+    torch.manual_seed(0)
+    scores = torch.randn(12) * 2
+    scores[3] = -torch.inf
+    count, temperature = 20_000, 1.5
+    uniforms = torch.rand(count, 1, dtype=torch.float64)
+    sampler = common.InverseCDFSampler(uniforms, temperature)
+    picked = sampler(torch.zeros(count, 1, dtype=torch.long), scores.expand(count, 12)).argmax(-1)
+    p = (scores / temperature).softmax(-1)
+    observed, live = torch.bincount(picked, minlength=12), p > 0
+    assert observed[3] == 0
+    chi_square = ((observed - count * p)[live] ** 2 / (count * p)[live]).sum()
+    assert chi_square < 29.6  # 0.1% point of 10 degrees of freedom
+    torch.testing.assert_close(sampler.logprobs[0], p.log()[picked])
+
+
+def test_the_largest_and_smallest_uniforms_pick_real_tokens():
+    scores = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    for u, token in ((0.0, 1), (0.4999, 1), (0.5001, 2), (1 - 2**-53, 2)):
+        sampler = common.InverseCDFSampler(torch.tensor([[u]], dtype=torch.float64), 1.0)
+        assert sampler(torch.zeros(1, 1, dtype=torch.long), scores).argmax() == token
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_engine_logprobs_equal_a_full_forward_pass(tiny, engine, prompts, temperature):
+    seeds = [completion_seed(1, 2, i) for i in range(3)]
+    for prompt, c in zip(
+        prompts, engine.generate(prompts, seeds, max_new_tokens=30, temperature=temperature), strict=True
+    ):
+        ids = torch.tensor([prompt + c.token_ids])
+        mask = torch.tensor([[0] * len(prompt) + [1] * len(c.token_ids)])
+        logprobs, _ = token_logprobs(tiny, ids, torch.ones_like(ids), mask, temperature)
+        torch.testing.assert_close(logprobs[0, len(prompt) :], torch.tensor(c.logprobs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_completion_depends_on_its_seed_alone(engine, prompts):
+    seeds = [11, 12, 13]
+    together = engine.generate(prompts, seeds, max_new_tokens=20, temperature=1.0)
+    alone = [
+        engine.generate([p], [s], max_new_tokens=20, temperature=1.0)[0] for p, s in zip(prompts, seeds, strict=True)
+    ]
+    turned = engine.generate(prompts[::-1], seeds[::-1], max_new_tokens=20, temperature=1.0)[::-1]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone] == [c.token_ids for c in turned]
+    other = engine.generate([prompts[2]] * 8, list(range(8)), max_new_tokens=20, temperature=1.0)
+    assert len({tuple(c.token_ids) for c in other}) > 1
+    assert engine.generate([], [], max_new_tokens=20, temperature=1.0) == []
+
+
+def test_seeds_differ_by_run_step_and_index_and_fit_63_bits():
+    seeds = {completion_seed(s, t, i) for s in range(4) for t in range(4) for i in range(64)}
+    assert len(seeds) == 4 * 4 * 64
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_completions_hold_their_stop_token_and_say_why_they_ended(engine, prompts, tokenizer):
+    (stopped,) = engine.generate(prompts[:1], [0], max_new_tokens=60, temperature=0.0)
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in stopped.token_ids[:-1]
+    assert len(stopped.logprobs) == len(stopped.token_ids)
+    text = common.completion_text(tokenizer, stopped)
+    assert text.endswith("}")
+    assert "im_end" not in text
+    (cut,) = engine.generate(prompts[:1], [0], max_new_tokens=3, temperature=0.0)
+    assert (cut.finish_reason, cut.token_ids) == ("length", stopped.token_ids[:3])
+
+
+def test_greedy_equals_the_library_and_its_settings_cannot_sneak_in(tiny, tokenizer, prompts, tmp_path):
+    tiny.generation_config, bare = (
+        GenerationConfig(top_k=1, temperature=0.01, repetition_penalty=5.0),
+        tiny.generation_config,
+    )
+    tiny.generation_config.eos_token_id = tokenizer.eos_token_id
+    tiny.save_pretrained(tmp_path)
+    tiny.generation_config = bare
+    tokenizer.save_pretrained(tmp_path)
+    sneaky = HFEngine(common.load_model(str(tmp_path), CPU, "sdpa"), tokenizer, 10_000)
+    plain = HFEngine(tiny, tokenizer, 10_000)
+    for temperature in (0.0, 1.0):
+        one, two = (e.generate(prompts, [1, 2, 3], max_new_tokens=20, temperature=temperature) for e in (sneaky, plain))
+        assert [c.token_ids for c in one] == [c.token_ids for c in two]
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    output = tiny.generate(torch.tensor([prompts[0]]), generation_config=config)
+    (greedy,) = plain.generate(prompts[:1], [0], max_new_tokens=20, temperature=0.0)
+    assert output[0, len(prompts[0]) :].tolist() == greedy.token_ids
+
+
+def test_every_way_to_end_a_turn_stops_generation(tiny, tokenizer):
+    model = types.SimpleNamespace(source_generation_config=GenerationConfig(eos_token_id=[9, 3]))
+    assert common.stop_token_ids(model, tokenizer) == sorted({9, 3, tokenizer.eos_token_id})
+
+
+# ---- Models and flags
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path, tokenizer):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 4, "vocab_size": 100}
+    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=2, final_logit_softcapping=0.01)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="soft-capping"):
+        common.load_model(str(tmp_path), CPU, "sdpa")
+
+
+def test_choices_come_with_their_reason(monkeypatch):
+    assert common.pick_dtype("auto", CPU) == (torch.float32, "no GPU")
+    assert common.pick_dtype("bf16", CPU) == (torch.bfloat16, "asked for")
+    assert common.pick_attention("auto", CPU, torch.float32) == ("sdpa", "no GPU")
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    assert common.pick_attention("auto", cuda, torch.bfloat16) == ("sdpa", "flash-attn is not installed")
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name)
+    assert common.pick_attention("auto", cuda, torch.bfloat16)[0] == "flash_attention_2"
+    assert common.pick_attention("auto", cuda, torch.float32) == ("sdpa", "flash-attn has no float32")
+
+
+def test_bf16_autocast_keeps_float32_weights_and_logprobs(tiny, batch):
+    ids, masks = batch
+    inputs = [pad(ids, "right"), pad([[1] * len(i) for i in ids], "right"), pad(masks, "right")]
+    exact, _ = token_logprobs(ChunkedLM(tiny), *inputs)
+    rounded, _ = token_logprobs(ChunkedLM(tiny, torch.bfloat16), *inputs)
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.5
+    assert next(tiny.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("group_size", 1), ("temperature", 0.0), ("num_steps", -1), ("num_steps", 0), ("learning_rate", math.nan)]
+    + [
+        ("learning_rate", -1e-5),
+        ("learning_rate", math.inf),
+        ("clip_eps", 1.0),
+        ("kl_penalty", -0.1),
+        ("batch_size", 0),
+    ]
+    + [("max_grad_norm", 0.0), ("max_grad_norm", math.nan), ("chat_template_args", "[1]"), ("chat_template_args", "{")]
+    + [("eval_steps", -1), ("saving_steps", 0), ("max_new_tokens", 0), ("seed", -1), ("ppo_steps", 0)],
+)
+def test_impossible_flags_are_refused_by_name(flag, value):
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is"):
+        common.check_args(types.SimpleNamespace(**{flag: value}))
+
+
+def test_possible_flags_pass():
+    common.check_args(types.SimpleNamespace(learning_rate=None, eval_steps=0, max_grad_norm=math.inf, temperature=2.0))
+    common.check_args(types.SimpleNamespace(temperature=0.0), temperature=common.FINITE)
+
+
+def test_a_reward_that_is_no_number_stops_with_the_completion(tokenizer):
+    class Broken(common.EnvBase):
+        def get_reward(self, completion):
+            return math.nan
+
+    with pytest.raises(ValueError, match=r"Broken.*'hello'"):
+        common.score(Broken([]), "hello")

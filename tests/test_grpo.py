@@ -1,0 +1,222 @@
+"""Advantages and the GRPO loss have their hand-computed values and gradients; skipping dead groups changes nothing."""
+
+import math
+
+import pytest
+import torch
+
+import common
+import grpo
+from grpo import group_advantages, grpo_loss
+
+F64 = torch.float64
+CLIP = {"clip_eps": 0.2, "clip_eps_high": 0.3}
+
+
+# ---- Advantages
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[0.0, 1.0], [1.0, 4.0]], dtype=F64)
+    std = math.sqrt(0.5)  # sample standard deviation of 0 and 1: Bessel's correction
+    expected = [[-0.5 / (std + 1e-4), 0.5 / (std + 1e-4)], [-1.5 / (3 * std + 1e-4), 1.5 / (3 * std + 1e-4)]]
+    torch.testing.assert_close(group_advantages(rewards, "group"), torch.tensor(expected, dtype=F64))
+    assert group_advantages(rewards, "none").tolist() == [[-0.5, 0.5], [-1.5, 1.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", ["group", "none"])
+def test_equal_rewards_give_exactly_zero(dtype, scale):
+    rewards = torch.full((2, 8), 0.1, dtype=dtype)
+    assert dtype == F64 or rewards[0].std() != 0  # the trap: the std of eight 0.1s is not 0 in float32
+    assert not group_advantages(rewards, scale).any()
+
+
+# ---- The loss
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=F64)
+
+
+def loss_and_gradient(logprobs, old, advantages, mask, **options):
+    logprobs = logprobs.clone().requires_grad_()
+    loss, sums = grpo_loss(logprobs, old, advantages, mask, **(CLIP | {"loss_type": "dapo"} | options))
+    loss.backward()
+    return loss.item(), logprobs.grad, sums
+
+
+def test_on_policy_loss_and_gradient_by_hand():
+    old = tensor([0.0, -1.0, -2.0], [0.0, -0.5, -9.0])
+    mask = torch.tensor([[0, 1, 1], [0, 1, 0]])
+    loss, gradient, sums = loss_and_gradient(old, old, tensor(2.0, -1.0)[0], mask, denominator=3)
+    assert loss == pytest.approx(-(2 + 2 - 1) / 3)
+    torch.testing.assert_close(gradient, tensor([0, -2, -2], [0, 1, 0]) / 3)
+    assert {name: value.item() for name, value in sums.items()} == {
+        "loss/policy": -3.0,
+        "policy/ratio_mean": 3.0,
+        "policy/clip_frac": 0.0,
+    }
+
+
+def test_normalisation_of_each_loss_type():
+    old, mask = torch.zeros(2, 4, dtype=F64), torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]])
+    advantages = tensor(1.0, 1.0)[0]
+    for loss_type, denominator, weights in (
+        ("dapo", 4, tensor([0, 1, 1, 1], [0, 1, 0, 0]) / 4),  # each token of the step alike
+        ("grpo", 2, tensor([0, 1, 1, 1], [0, 3, 0, 0]) / 6),  # each sequence alike
+        ("dr_grpo", 2 * 10, tensor([0, 1, 1, 1], [0, 1, 0, 0]) / 20),  # a constant
+    ):
+        loss, gradient, _ = loss_and_gradient(old, old, advantages, mask, loss_type=loss_type, denominator=denominator)
+        torch.testing.assert_close(gradient, -weights)
+        assert loss == pytest.approx(-weights.sum().item())
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "slope"),
+    [
+        (1.1, 1.0, 1.1, 1.1),
+        (1.5, 1.0, 1.3, 0.0),  # clipped above
+        (0.5, 1.0, 0.5, 0.5),  # not clipped: lowering further would not help
+        (0.5, -1.0, -0.8, 0.0),  # clipped below
+        (1.5, -1.0, -1.5, -1.5),  # not clipped
+    ],
+)
+def test_clipping_by_hand(ratio, advantage, objective, slope):
+    logprobs, old, mask = tensor([0.0, math.log(ratio)]), tensor([0.0, 0.0]), torch.tensor([[0, 1]])
+    loss, gradient, sums = loss_and_gradient(logprobs, old, tensor(advantage)[:, None][:, 0], mask, denominator=1)
+    assert loss == pytest.approx(-objective)
+    assert gradient[0, 1].item() == pytest.approx(-slope)
+    assert sums["policy/clip_frac"].item() == float(slope == 0)
+    assert sums["policy/ratio_mean"].item() == pytest.approx(ratio)
+
+
+def test_kl_value_and_gradient_by_hand():
+    logprobs, old, ref = (tensor([0.0, math.log(p)]) for p in (0.5, 0.4, 0.2))
+    ratio, d = 0.5 / 0.4, math.log(0.2 / 0.5)
+    k3 = math.exp(d) - d - 1
+    loss, gradient, sums = loss_and_gradient(
+        logprobs,
+        old,
+        torch.zeros(1, dtype=F64),
+        torch.tensor([[0, 1]]),
+        denominator=1,
+        ref_logprobs=ref,
+        kl_penalty=0.3,
+    )
+    assert loss == pytest.approx(0.3 * ratio * k3)
+    assert sums["loss/kl"].item() == pytest.approx(ratio * k3)
+    # d/dlogprob of ratio * (e^d - d - 1): the ratio is live, and dd/dlogprob = -1
+    assert gradient[0, 1].item() == pytest.approx(0.3 * (ratio * k3 + ratio * (1 - math.exp(d))))
+
+
+def test_expected_kl_gradient_is_that_of_the_kl_divergence():
+    """Enumerated over a vocabulary: the plain k3 estimator fails this, ours does not."""
+    torch.manual_seed(0)
+    logits, ref = torch.randn(5, dtype=F64, requires_grad=True), torch.randn(5, dtype=F64).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    rows, mask = logp[:, None].expand(5, 2), torch.tensor([[0, 1]] * 5)
+    per_token = [
+        grpo_loss(
+            *(rows[i : i + 1], rows[i : i + 1].detach(), torch.zeros(1, dtype=F64), mask[:1]),
+            **(CLIP | {"loss_type": "dapo", "denominator": 1, "kl_penalty": 1.0}),
+            ref_logprobs=ref[i].expand(1, 2),
+        )[0]
+        for i in range(5)
+    ]
+    expected = sum(p * loss for p, loss in zip(logp.exp().detach(), per_token, strict=True))
+    torch.testing.assert_close(torch.autograd.grad(expected, logits)[0], exact)
+
+
+def test_importance_weights_touch_the_policy_term_only():
+    logprobs, old, ref = tensor([0.0, -1.0]), tensor([0.0, -1.1]), tensor([0.0, -2.0])
+    options = {"denominator": 1, "ref_logprobs": ref, "kl_penalty": 0.5}
+    inputs = (logprobs, old, torch.ones(1, dtype=F64), torch.tensor([[0, 1]]))
+    weighted, _, sums = loss_and_gradient(*inputs, **options, importance_weights=tensor([9.0, 0.25]))
+    assert weighted == pytest.approx((0.25 * sums["loss/policy"] + 0.5 * sums["loss/kl"]).item())
+
+
+def random_case(rows=6, width=7):
+    torch.manual_seed(1)
+    logprobs, old, ref = (-torch.rand(rows, width, dtype=F64) for _ in range(3))
+    mask = torch.randint(0, 2, (rows, width))
+    mask[:, 1] = 1
+    return logprobs, old, torch.randn(rows, dtype=F64), mask, ref
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_parts_add_up_in_value_gradient_and_metrics(loss_type):
+    logprobs, old, advantages, mask, ref = random_case()
+    options = {"loss_type": loss_type, "denominator": 11.0, "kl_penalty": 0.1}
+    loss, gradient, sums = loss_and_gradient(logprobs, old, advantages, mask, ref_logprobs=ref, **options)
+    cuts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    parts = [
+        loss_and_gradient(logprobs[c], old[c], advantages[c], mask[c], ref_logprobs=ref[c], **options) for c in cuts
+    ]
+    assert loss == pytest.approx(sum(p[0] for p in parts), abs=1e-14)
+    torch.testing.assert_close(gradient, torch.cat([p[1] for p in parts]), rtol=1e-12, atol=1e-14)
+    for name, value in sums.items():
+        torch.testing.assert_close(value, sum(p[2][name] for p in parts), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_gradient_by_finite_differences(loss_type):
+    logprobs, old, advantages, mask, ref = random_case(3, 4)
+
+    def loss(x):
+        options = CLIP | {"loss_type": loss_type, "denominator": 5.0, "kl_penalty": 0.2}
+        return grpo_loss(x, old, advantages, mask, ref_logprobs=ref, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, (logprobs.requires_grad_(),))
+
+
+def test_nothing_trained_is_finite_and_inputs_stay_as_they_are():
+    logprobs, old, advantages, mask, _ = random_case()
+    copies = [t.clone() for t in (logprobs, old, advantages, mask)]
+    for loss_type in ("dapo", "grpo", "dr_grpo"):
+        loss, gradient, sums = loss_and_gradient(
+            logprobs, old, advantages, torch.zeros_like(mask), loss_type=loss_type, denominator=1
+        )
+        assert loss == 0
+        assert not gradient.any()
+        assert all(value == 0 for value in sums.values())
+    assert all(torch.equal(a, b) for a, b in zip((logprobs, old, advantages, mask), copies, strict=True))
+
+
+def test_padding_cannot_reach_the_gradient():
+    logprobs, mask = tensor([math.nan, -1.0]), torch.tensor([[0, 1]])
+    ref = tensor([math.inf, -1.0])
+    _, gradient, _ = loss_and_gradient(
+        logprobs, logprobs, torch.ones(1, dtype=F64), mask, denominator=1, ref_logprobs=ref, kl_penalty=0.1
+    )
+    assert gradient.tolist() == [[0, -1]]
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_skipping_groups_of_equal_rewards_changes_no_gradient(loss_type):
+    """A real model in float64: all 4 groups computed, against only the 2 that have a gradient."""
+    model = common.load_model("tiny", torch.device("cpu"), "sdpa").double()
+    torch.manual_seed(0)
+    ids, mask = torch.randint(4, 90, (8, 12)), torch.ones(8, 12, dtype=torch.long)
+    mask[:, :4] = 0
+    rewards = tensor([0.1, 0.1], [0.0, 1.0], [1.0, 1.0], [0.1, 0.0])
+    advantages = group_advantages(rewards, "group").flatten()
+    live = (advantages != 0).nonzero().flatten()
+    assert live.tolist() == [2, 3, 6, 7]
+    gradients = []
+    for rows in (torch.arange(8), live):
+        model.zero_grad()
+        logprobs, _ = common.token_logprobs(model, ids[rows], torch.ones_like(ids[rows]), mask[rows])
+        options = CLIP | {"loss_type": loss_type, "denominator": 64.0}
+        grpo_loss(logprobs, logprobs.detach(), advantages[rows], mask[rows], **options)[0].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for every, some in zip(*gradients, strict=True):
+        torch.testing.assert_close(every, some, rtol=0, atol=1e-9)
+
+
+def test_the_reason_for_no_gradient_is_told():
+    rewards = tensor([1.0, 1.0], [0.1, 0.1], [0.0, 0.0])
+    truncated = torch.tensor([[0, 0], [0, 0], [1, 1]])
+    reason = grpo.explain_no_gradient(rewards, truncated)
+    assert reason == "no gradient: of 3 groups, 1 all right, 2 all wrong (1 all truncated)"

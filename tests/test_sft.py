@@ -1,0 +1,80 @@
+"""The supervised loss has its hand-computed value and gradient, and adds up over any cut of a batch."""
+
+import math
+
+import pytest
+import torch
+from conftest import read_metrics, run_script
+
+import sft
+from envs import EnvBase, UserError
+
+
+def test_loss_by_hand():
+    logprobs = torch.tensor([[0.0, math.log(0.5), math.log(0.1)], [0.0, math.log(0.2), 0.0]], dtype=torch.float64)
+    logprobs.requires_grad_()
+    mask = torch.tensor([[0, 1, 0], [0, 1, 0]])
+    loss, sums = sft.sft_loss(logprobs, mask, 4)
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(2) + math.log(5)) / 4, abs=1e-15)
+    assert logprobs.grad.tolist() == [[0, -0.25, 0], [0, -0.25, 0]]
+    assert sums["loss/total"].item() == pytest.approx(math.log(10), abs=1e-15)
+    assert not sums["loss/total"].requires_grad
+
+
+def test_parts_add_up_and_inputs_stay_as_they_are():
+    torch.manual_seed(0)
+    logprobs, mask = -torch.rand(6, 9, dtype=torch.float64), torch.randint(0, 2, (6, 9))
+    before = logprobs.clone()
+    whole, _ = sft.sft_loss(logprobs, mask, 30)
+    parts = sum(sft.sft_loss(logprobs[i : i + 2], mask[i : i + 2], 30)[0] for i in (0, 2, 4))
+    assert whole.item() == pytest.approx(parts.item(), abs=1e-15)
+    assert torch.equal(logprobs, before)
+    assert sft.sft_loss(logprobs, torch.zeros_like(mask), 30)[0] == 0
+
+
+def test_padding_cannot_reach_the_gradient():
+    logprobs = torch.tensor([[math.nan, -1.0]], requires_grad=True)
+    sft.sft_loss(logprobs, torch.tensor([[0, 1]]), 1)[0].backward()
+    assert logprobs.grad.tolist() == [[0, -1]]
+
+
+def test_long_conversations_are_dropped_never_cut(tokenizer):
+    env = EnvBase([{"role": "user", "content": "a"}], "b")
+    long = EnvBase([{"role": "user", "content": "a" * 99}], "b")
+    ((ids, mask),) = sft.encode([env, long], tokenizer, 60, {})
+    assert sum(mask) == 2  # b and its stop token
+    with pytest.raises(UserError, match="all 1 conversations are longer"):
+        sft.encode([long], tokenizer, 60, {})
+
+
+def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer):
+    from accelerate import Accelerator
+
+    envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
+    conversations, accelerator = sft.encode(envs, tokenizer, 512, {}), Accelerator(cpu=True)
+    one = sft.evaluate_loss(accelerator, tiny, conversations, 10_000)
+    cut = sft.evaluate_loss(accelerator, tiny, conversations, 1)
+    tokens, total = sum(sum(mask) for _, mask in conversations), 0.0
+    for ids, mask in conversations:
+        logprobs = tiny(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(logprobs[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
+    assert (
+        one["eval/ce_loss"] == pytest.approx(cut["eval/ce_loss"], rel=1e-5) == pytest.approx(total / tokens, rel=1e-5)
+    )
+    assert one["eval/perplexity"] == pytest.approx(math.exp(one["eval/ce_loss"]))
+
+
+def test_script_trains_multi_turn_messages_and_logs(tmp_path):
+    turns = (
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, '
+    )
+    data = tmp_path / "chats.jsonl"
+    data.write_text(f'{{"messages": {turns}{{"role": "assistant", "content": "d"}}]}}\n' * 4)
+    flags = ["--dataset", data, "--eval-dataset", data, "--num-steps", 3, "--batch-size", 2, "--logging-steps", 1]
+    done = run_script("sft.py", *flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert lines[3]["eval/ce_loss"] < lines[0]["eval/ce_loss"]
+    assert "before/after eval/ce_loss" in done.stdout
