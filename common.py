@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +40,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import envs
 from envs import EnvBase, Message, UserError
 
-transformers.utils.logging.disable_progress_bar()  # a bar for each saved file tells nothing
+disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
 HEAD_CHUNK = 256  # trained positions whose logits exist at a time: (256, V) in place of (B, T, V)
@@ -206,7 +207,7 @@ def pick_attention(attn: str, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def loading(what: str) -> Generator[None]:
     """Turns the library's errors about a missing or broken folder into one line."""
     try:
         yield
@@ -218,7 +219,7 @@ def loading(what: str) -> Iterator[None]:
 def load_tokenizer(model: str) -> Any:
     """Raises a UserError when it is missing, has no chat template, or gives no character offsets."""
     with loading(f"the tokenizer of {model}"):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(model))
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {model} has no chat template: use an instruct model")
     if not tokenizer.is_fast:
@@ -242,7 +243,7 @@ def context_length(config: Any) -> int:
 
 def load_model(
     model: str, device: torch.device, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
-) -> PreTrainedModel:
+) -> Any:
     """A causal language model. `from_scratch` takes its configuration only, and random weights: seed torch before.
 
     The generation config is emptied, so that no sampling setting of its author gets into `generate`; the original is
@@ -250,14 +251,15 @@ def load_model(
     Raises a UserError when it is missing or broken, or when its logits are not simply head(trunk(tokens)).
     """
     path, config = resolve_model(model), load_config(model)
+    auto: Any = AutoModelForCausalLM
     source_dtype = config.dtype or torch.float32
     with loading(f"the model {model}"):
         if from_scratch:
-            loaded = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+            loaded = auto.from_config(config, dtype=dtype, attn_implementation=attn)
             loaded.generation_config = GenerationConfig.from_pretrained(path)
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attn, "use_safetensors": True}
-            loaded = AutoModelForCausalLM.from_pretrained(path, **options)
+            loaded = auto.from_pretrained(path, **options)
     loaded.source_dtype, loaded.source_generation_config = source_dtype, loaded.generation_config
     loaded.generation_config = GenerationConfig()
     loaded = loaded.to(device).eval()
@@ -269,7 +271,7 @@ def load_model(
     return loaded
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
     listed = model.source_generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
@@ -609,7 +611,7 @@ class HFEngine:
         dtype: of the trainer's forward pass, so that both see the same numbers.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: Any, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
         self.model, self.max_tokens, self.dtype = model, max_tokens, dtype
         self.stop_ids = stop_token_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
@@ -849,7 +851,7 @@ class Run:
             self.with_wandb(self.wandb.finish)
 
     def start_wandb(self, config: dict[str, Any]) -> None:
-        import wandb  # an extra
+        import wandb  # ty: ignore
 
         page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its page
         names = {"project": self.args.wandb_project or self.name, "name": self.args.wandb_run_name or self.folder.name}
@@ -950,7 +952,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
     """A Hugging Face model folder: weights in `dtype`, tokenizer, chat template, the source's generation config."""
     bare, model.generation_config = model.generation_config, model.source_generation_config
     model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
@@ -960,9 +962,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: Any, dtype: torc
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(
-    run: Run, step: int, model: PreTrainedModel, tokenizer: Any, optimizer: torch.optim.Optimizer
-) -> None:
+def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer) -> None:
     """`step_<n>`: the float32 weights and the optimizer's state, from which the run goes on bit for bit. Keeps two.
 
     No random state is kept: each draw is a function of the seed and the step.
@@ -981,7 +981,7 @@ def save_checkpoint(
     on_main_process(run.accelerator, publish_and_prune)
 
 
-def save_final(run: Run, model: PreTrainedModel, tokenizer: Any) -> None:
+def save_final(run: Run, model: Any, tokenizer: Any) -> None:
     """`final/`: the trained model in the dtype that its source came in."""
     write = functools.partial(save_model, model=model, tokenizer=tokenizer, dtype=model.source_dtype)
     on_main_process(run.accelerator, publish, run.folder / "final", write, {"step": run.args.num_steps})

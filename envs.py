@@ -104,22 +104,16 @@ def parse_number(answer: str) -> Fraction | None:
     match = NUMBER.fullmatch(answer)
     if match is None:
         return None
-    sign, numerator, denominator = match.groups()
-    value = Fraction(numerator.replace(",", ""))
-    if denominator is not None:
-        divisor = Fraction(denominator.replace(",", ""))
-        if divisor == 0:
-            return None
-        value /= divisor
-    return -value if sign == "-" else value
+    numerator, denominator = (Fraction(digits.replace(",", "")) for digits in (match[2], match[3] or "1"))
+    if denominator == 0:
+        return None
+    return numerator / denominator * (-1 if match[1] == "-" else 1)
 
 
 def same_answer(candidate: str, answer: str) -> bool:
     """Equal as exact numbers if the reference answer is a number, else equal as text."""
     number = parse_number(answer)
-    if number is not None:
-        return parse_number(candidate) == number
-    return plain(candidate) == plain(answer)
+    return plain(candidate) == plain(answer) if number is None else parse_number(candidate) == number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,16 +124,11 @@ EVAL_FRACTION = 5  # one problem in five belongs to the evaluation split
 
 
 class MathDataset(torch.utils.data.Dataset):
-    """Distinct problems `a + b`, seeded. Train and eval share no problem: the hash of the operands decides the split,
-    the same for a + b and b + a, whatever the seed and the range.
+    """Distinct problems `a + b`, at most `num_samples`, both operands from `min_val` to `max_val`, ends included.
 
-    Args:
-        num_samples: at most this many problems; fewer when the range of operands has fewer.
-        min_val, max_val: both operands are drawn from this range, ends included.
-        operand: `add`, `sub`, `mult` or `div` (answers of `div` are fractions in lowest terms: `7/3`).
-        split: `train` or `eval`.
-    Raises:
-        UserError: unknown operand or split, min_val above max_val, or no problem left.
+    `operand` is add, sub, mult or div, whose answers are fractions in lowest terms: `7/3`. Train and eval share no
+    problem: a hash of the operands decides, the same for a + b and b + a, whatever the seed and the range.
+    Raises a UserError for values that leave no problem.
     """
 
     def __init__(
@@ -205,19 +194,14 @@ def load_dataset(
     operand: str | None = None,
     seed: int = 0,
 ) -> Any:
-    """A dataset by name: `math`, `gsm8k`, a `.jsonl` path, `file.py:function`, `reasoning_gym:NAME`, a hub id
-    (`id:config` names a configuration) or a local folder that `datasets` can read.
+    """A sequence of `EnvBase` by name: `math`, `gsm8k`, a `.jsonl` path, `file.py:function`, `reasoning_gym:NAME`, a
+    hub id (`id:config` names a configuration) or a local folder that `datasets` can read.
 
-    Args:
-        split: `train` or `eval`.
-        num_samples: at most the first N rows (`math`, `reasoning_gym`: N problems are made).
-        min_val, max_val, operand: for `math` only; None means `MathDataset`'s default.
-    Returns:
-        A sequence of `EnvBase`; None without such a split (`.jsonl` and `file.py:function` have no eval).
-    Raises:
-        UserError: missing, malformed or empty, in one line that says where.
+    `split` is train or eval; None comes back where the dataset has no eval split, as files never have. `num_samples`
+    keeps the first rows (`math`, `reasoning_gym`: that many are made). The ranges are for `math` alone.
+    Raises a UserError for what is missing, malformed or empty, in one line that says where.
     """
-    ranges = {"min_val": min_val, "max_val": max_val, "operand": operand}
+    ranges: dict[str, Any] = {"min_val": min_val, "max_val": max_val, "operand": operand}
     given = {key: value for key, value in ranges.items() if value is not None}
     if name == "math":
         size = {} if num_samples is None else {"num_samples": num_samples}
@@ -310,7 +294,7 @@ def load_hub(name: str, split: str) -> list[EnvBase] | None:
     if found is None and split == "eval":
         return None
     if found is None:
-        raise UserError(f"{name} has no train split, only {', '.join(splits)}")
+        raise UserError(f"{name} has no train split, only {', '.join(map(str, splits))}")
     make = gsm8k_env if path == "openai/gsm8k" else row_to_env
     return [make(row, f"{name} {found} row {i}") for i, row in enumerate(splits[found])]
 
@@ -331,11 +315,9 @@ def load_python(name: str) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     make = runpy.run_path(path).get(function)
-    if make is None:
-        raise UserError(f"{path} has no function {function}")
-    envs = make()
+    envs = make() if callable(make) else None
     if not (hasattr(envs, "__len__") and len(envs) and isinstance(envs[0], EnvBase)):
-        raise UserError(f"{name} must return a sequence with at least one EnvBase, not {type(envs).__name__}")
+        raise UserError(f"{name} must be a function that returns a sequence of at least one EnvBase")
     return envs
 
 
@@ -352,7 +334,7 @@ class ReasoningGymEnv(EnvBase):
 
 def load_reasoning_gym(name: str, size: int, seed: int) -> list[EnvBase]:
     try:
-        import reasoning_gym
+        import reasoning_gym  # ty: ignore
     except ImportError:
         raise UserError("reasoning_gym:NAME needs the package: pip install reasoning-gym") from None
     try:

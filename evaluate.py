@@ -130,9 +130,17 @@ def main(args: Args, dataset: Any = None) -> None:
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
     started = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        options = {"template_args": json.loads(args.chat_template_args), "progress": progress, "seed": args.seed}
-        options |= {"temperature": args.temperature, "num_completions": args.num_completions}
-        evaluator = common.Evaluator(engine, tokenizer, dataset, args.max_new_tokens, **options)
+        evaluator = common.Evaluator(
+            engine,
+            tokenizer,
+            dataset,
+            args.max_new_tokens,
+            args.temperature,
+            num_completions=args.num_completions,
+            seed=args.seed,
+            template_args=json.loads(args.chat_template_args),
+            progress=progress,
+        )
         _, records = evaluator.evaluate()
     seconds = time.perf_counter() - started
 

@@ -197,9 +197,8 @@ def explain_no_gradient(rewards: torch.Tensor, truncated: torch.Tensor) -> str:
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    learning_rate = (
-        args.learning_rate if args.learning_rate is not None else 3e-4 if args.model in common.BUNDLED else 1e-6
-    )
+    default_learning_rate = 3e-4 if args.model in common.BUNDLED else 1e-6
+    learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
 
     # --- same in sft.py, grpo.py ---
     accelerator = common.start(args)
@@ -234,8 +233,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     # --- end ---
     evaluator = None
     if eval_dataset is not None:
-        options = {"template_args": template_args, "progress": run.progress}
-        evaluator = common.Evaluator(engine, tokenizer, eval_dataset, args.max_new_tokens, **options)
+        evaluator = common.Evaluator(
+            engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
+        )
 
     run.begin(dtype=str(dtype), attention=attn)
     local_size = args.batch_size * args.group_size  # B: completions of this process
@@ -243,7 +243,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     size = f"{total_size // args.group_size} prompts x {args.group_size} completions a step"
     run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights")
     run.say(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
-    run.say(f"data       {args.dataset}: {len(train_dataset)} prompts, {len(eval_dataset or [])} for evaluation")
+    held_out = f"{len(eval_dataset)} problems" if evaluator else "off: no held-out split, or --eval-steps 0"
+    run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
     run.say(f"batch      {size}, learning rate {learning_rate}")
 
     if evaluator is not None and run.step == 0:
@@ -290,8 +291,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         batch_advantages = [batch.take(advantages.flatten().float().to(accelerator.device)) for batch in batches]
         engine_logprobs = [batch.place([c.logprobs for c in completions]) for batch in batches]
         old_logprobs: list[torch.Tensor] = []
-        ref_logprobs: list[torch.Tensor | None] = []
-        sums: Counter[str] = Counter()
+        ref_logprobs: list[torch.Tensor] = []
+        sums: Any = Counter()
         total_loss, grad_norm = 0.0, 0.0
         for ppo_step in range(args.ppo_steps if batches else 0):
             for n, batch in enumerate(batches):
@@ -299,8 +300,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                 logprobs, _ = common.token_logprobs(policy, *inputs)  # (B, T)
                 if ppo_step == 0:
                     old_logprobs.append(logprobs.detach())
-                    with torch.inference_mode():
-                        ref_logprobs.append(reference and common.token_logprobs(reference, *inputs)[0])
+                    if reference is not None:
+                        with torch.no_grad():
+                            ref_logprobs.append(common.token_logprobs(reference, *inputs)[0])
                 loss, metrics_of_batch = grpo_loss(
                     logprobs,
                     old_logprobs[n],
@@ -310,7 +312,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                     clip_eps=args.clip_eps,
                     clip_eps_high=args.clip_eps_high,
                     loss_type=args.loss_type,
-                    ref_logprobs=ref_logprobs[n],
+                    ref_logprobs=ref_logprobs[n] if ref_logprobs else None,
                     kl_penalty=args.kl_penalty,
                 )
                 common.backward(accelerator, policy, loss, last=batch is batches[-1])

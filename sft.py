@@ -153,9 +153,8 @@ def evaluate_loss(accelerator: Accelerator, model: nn.Module, conversations: lis
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    learning_rate = (
-        args.learning_rate if args.learning_rate is not None else 1e-3 if args.model in common.BUNDLED else 1e-5
-    )
+    default_learning_rate = 1e-3 if args.model in common.BUNDLED else 1e-5
+    learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
 
     # --- same in sft.py, grpo.py ---
     accelerator = common.start(args)
@@ -189,8 +188,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     # --- end ---
     evaluator = None
     if args.eval_sample_completions and eval_dataset is not None:
-        options = {"template_args": template_args, "progress": run.progress}
-        evaluator = common.Evaluator(engine, tokenizer, eval_dataset, args.max_new_tokens, **options)
+        evaluator = common.Evaluator(
+            engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
+        )
 
     def evaluate() -> dict[str, float]:
         metrics = evaluate_loss(accelerator, policy, eval_conversations, args.micro_batch_tokens)
@@ -201,13 +201,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights" + from_scratch * ", random"
     )
     run.say(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
-    dropped = len(train_dataset) - len(conversations)
-    run.say(
-        f"data       {args.dataset}: {len(conversations)} conversations, {dropped} dropped (over {max_length} tokens)"
-    )
-    run.say(
-        f"evaluation {len(eval_conversations) or 'none: the dataset has no evaluation split, or --eval-steps is 0'}"
-    )
+    dropped = f"{len(train_dataset) - len(conversations)} dropped (over {max_length} tokens)"
+    held_out = f"{len(eval_conversations)}" if eval_conversations else "off: no held-out split, or --eval-steps 0"
+    run.say(f"data       {args.dataset}: {len(conversations)} conversations, {dropped}; evaluation {held_out}")
     run.say(
         f"batch      {args.batch_size * accelerator.num_processes} conversations a step, learning rate {learning_rate}"
     )
@@ -223,7 +219,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         tokens = common.global_sum(accelerator, sum(sum(loss_mask) for _, loss_mask in sequences))
 
         # 2. loss and update
-        sums: Counter[str] = Counter()
+        sums: Any = Counter()
         batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens)
         for batch in batches:
             logprobs, _ = common.token_logprobs(policy, batch.input_ids, batch.attention_mask, batch.loss_mask)

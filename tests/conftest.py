@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import common
 
-FAST = "--eval-steps 0 --batch-size 2 --num-steps 2 --max-new-tokens 24".split()
+FAST = ["--eval-steps", "0", "--batch-size", "2", "--num-steps", "2", "--max-new-tokens", "24"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Grading is exact, bounded in time and never evaluates; datasets are disjoint, seeded, and refuse bad rows in one line."""
+"""Grading is exact, bounded in time and never evaluates; splits are disjoint; bad rows are refused in one line."""
 
 import json
 import time
@@ -143,8 +143,14 @@ def test_math_dataset_is_seeded_and_sized():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"operand": "pow"}, {"min_val": 5, "max_val": 4}, {"max_val": 10**12}, {"num_samples": 0}, {"split": "test"}]
-    + [{"min_val": 0, "max_val": 0, "operand": "div"}],
+    [
+        {"operand": "pow"},
+        {"min_val": 5, "max_val": 4},
+        {"max_val": 10**12},
+        {"num_samples": 0},
+        {"split": "test"},
+        {"min_val": 0, "max_val": 0, "operand": "div"},
+    ],
 )
 def test_impossible_math_datasets_are_refused(arguments):
     with pytest.raises(UserError):

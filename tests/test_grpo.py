@@ -49,7 +49,7 @@ def loss_and_gradient(logprobs, old, advantages, mask, **options):
 def test_on_policy_loss_and_gradient_by_hand():
     old = tensor([0.0, -1.0, -2.0], [0.0, -0.5, -9.0])
     mask = torch.tensor([[0, 1, 1], [0, 1, 0]])
-    loss, gradient, sums = loss_and_gradient(old, old, tensor(2.0, -1.0)[0], mask, denominator=3)
+    loss, gradient, sums = loss_and_gradient(old, old, tensor(2.0, -1.0), mask, denominator=3)
     assert loss == pytest.approx(-(2 + 2 - 1) / 3)
     torch.testing.assert_close(gradient, tensor([0, -2, -2], [0, 1, 0]) / 3)
     assert {name: value.item() for name, value in sums.items()} == {
@@ -61,7 +61,7 @@ def test_on_policy_loss_and_gradient_by_hand():
 
 def test_normalisation_of_each_loss_type():
     old, mask = torch.zeros(2, 4, dtype=F64), torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0]])
-    advantages = tensor(1.0, 1.0)[0]
+    advantages = tensor(1.0, 1.0)
     for loss_type, denominator, weights in (
         ("dapo", 4, tensor([0, 1, 1, 1], [0, 1, 0, 0]) / 4),  # each token of the step alike
         ("grpo", 2, tensor([0, 1, 1, 1], [0, 3, 0, 0]) / 6),  # each sequence alike
@@ -84,7 +84,7 @@ def test_normalisation_of_each_loss_type():
 )
 def test_clipping_by_hand(ratio, advantage, objective, slope):
     logprobs, old, mask = tensor([0.0, math.log(ratio)]), tensor([0.0, 0.0]), torch.tensor([[0, 1]])
-    loss, gradient, sums = loss_and_gradient(logprobs, old, tensor(advantage)[:, None][:, 0], mask, denominator=1)
+    loss, gradient, sums = loss_and_gradient(logprobs, old, tensor(advantage), mask, denominator=1)
     assert loss == pytest.approx(-objective)
     assert gradient[0, 1].item() == pytest.approx(-slope)
     assert sums["policy/clip_frac"].item() == float(slope == 0)

@@ -42,7 +42,7 @@ def test_padding_cannot_reach_the_gradient():
 def test_long_conversations_are_dropped_never_cut(tokenizer):
     env = EnvBase([{"role": "user", "content": "a"}], "b")
     long = EnvBase([{"role": "user", "content": "a" * 99}], "b")
-    ((ids, mask),) = sft.encode([env, long], tokenizer, 60, {})
+    ((_ids, mask),) = sft.encode([env, long], tokenizer, 60, {})
     assert sum(mask) == 2  # b and its stop token
     with pytest.raises(UserError, match="all 1 conversations are longer"):
         sft.encode([long], tokenizer, 60, {})

@@ -1,0 +1,159 @@
+"""What the documents say is true: commands, flags, paths, defaults, sizes; and the house rules hold in every file."""
+
+import ast
+import dataclasses
+import inspect
+import re
+
+import pytest
+from conftest import ROOT
+
+import common
+import evaluate
+import grpo
+import sft
+
+SCRIPTS = {"sft": sft, "grpo": grpo, "evaluate": evaluate}
+CEILINGS = {"sft.py": 320, "grpo.py": 460, "evaluate.py": 260, "common.py": 1000, "envs.py": 350}
+DOCS = [ROOT / "README.md", *sorted((ROOT / "training_guide").glob("*.md")), ROOT / "models" / "README.md"]
+SOURCES = [ROOT / name for name in CEILINGS]
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_files_stay_small(name):
+    assert len((ROOT / name).read_text().splitlines()) <= CEILINGS[name]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_is_read_and_explained(name):
+    source = (ROOT / f"{name}.py").read_text() + (ROOT / "common.py").read_text()
+    fields = dataclasses.fields(SCRIPTS[name].Args)
+    for field in fields:
+        assert re.search(rf"\bargs\.{field.name}\b", source), f"{name}: nothing reads {field.name}"
+        assert re.search(rf'    {field.name}: .*\n    """', source), f"{name}: {field.name} has no docstring"
+    assert not {f.name for f in fields} - {f.name for f in fields if f.default is not dataclasses.MISSING}
+
+
+def test_every_condition_is_about_a_flag():
+    flags = {field.name for module in SCRIPTS.values() for field in dataclasses.fields(module.Args)}
+    assert set(common.CONDITIONS) <= flags
+    assert set(common.FREE_TO_CHANGE) <= flags
+
+
+def fenced_blocks(name):
+    source = (ROOT / name).read_text()
+    return re.findall(r"# --- same in (.+) ---\n(.*?)# --- end ---", source, re.DOTALL)
+
+
+def test_repeated_blocks_are_equal_byte_for_byte():
+    blocks = {name: fenced_blocks(name) for name in CEILINGS}
+    assert len(blocks["grpo.py"]) >= 3
+    for name, found in blocks.items():
+        for files, _ in found:
+            assert name in files.split(", ")
+            same = [[body for where, body in blocks[other] if where == files] for other in files.split(", ")]
+            assert all(bodies == same[0] for bodies in same)
+
+
+def test_sections_of_the_loop_are_numbered_alike():
+    def sections(name):
+        return re.findall(r"^        # (\d\. .+)$", (ROOT / name).read_text(), re.MULTILINE)
+
+    assert sections("grpo.py") == [
+        *("1. rollout", "2. reward", "3. advantages", "4. loss and update", "5. log", "6. evaluate and save")
+    ]
+    assert sections("sft.py") == ["1. batch", "2. loss and update", "3. log", "4. evaluate and save"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_no_code_of_a_model_or_dataset_is_ever_run(path):
+    """Names that execute or unpickle. (`runpy` runs a file of the user's, named as --dataset.)"""
+    banned = {"eval", "exec", "compile", "__import__", "pickle", "sympify", "parse_expr", "system", "trust_remote_code"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else None
+            assert name not in banned
+            assert not any(k.arg in ("shell", "trust_remote_code") for k in node.keywords)
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"system", "popen", "Popen"}
+            assert not (node.attr == "load" and isinstance(node.value, ast.Name) and node.value.id == "torch")
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            assert not names & (banned | {"pickle", "dill"})
+
+
+def test_arrows_point_one_way():
+    """Scripts use common and envs; common uses envs; no script uses another."""
+    for path in SOURCES:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        allowed = {"envs.py": set(), "common.py": {"envs"}}.get(path.name, {"common", "envs"})
+        assert imported & {p.stem for p in SOURCES} <= allowed
+
+
+def commands():
+    for doc in [*DOCS, *(ROOT / f"{name}.py" for name in SCRIPTS)]:
+        text = doc.read_text() if doc.suffix == ".md" else ast.get_docstring(ast.parse(doc.read_text()))
+        for match in re.finditer(r"(?:python|accelerate launch|torchrun)[^\n`#]*?\b(\w+)\.py\b([^\n`#]*)", text):
+            yield doc.name, match[1], match[2]
+
+
+def test_commands_name_scripts_and_flags_that_exist():
+    seen = list(commands())
+    assert len(seen) > 10
+    for doc, script, rest in seen:
+        if script in ("mine",):
+            script = "grpo"
+        assert script in SCRIPTS or (ROOT / f"{script}.py").exists(), f"{doc}: {script}.py"
+        if script in SCRIPTS:
+            fields = {field.name for field in dataclasses.fields(SCRIPTS[script].Args)} | {"help"}
+            for flag in re.findall(r"--([a-z-]+)", rest):
+                assert flag.replace("-", "_") in fields, f"{doc}: {script}.py has no --{flag}"
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+def test_paths_in_documents_exist(doc):
+    text = doc.read_text()
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (doc.parent / path).exists(), path
+    for path in re.findall(r"`((?:models|tests|training_guide|benchmarks|\.ci)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_flags_and_defaults_in_guides_are_those_of_the_code():
+    """Tables whose rows read: | `--flag` | `default` | words |"""
+    for name in ("sft", "grpo"):
+        text = (ROOT / "training_guide" / f"{name}.md").read_text()
+        rows = re.findall(r"^\| `--([a-z-]+)` \| `([^`]*)` \|", text, re.MULTILINE)
+        defaults = {f.name: f.default for f in dataclasses.fields(SCRIPTS[name].Args)}
+        assert rows
+        for flag, shown in rows:
+            assert str(defaults[flag.replace("-", "_")]) == shown, f"{name}.md: --{flag}"
+
+
+def test_every_metric_is_explained():
+    for name in ("sft", "grpo"):
+        text = (ROOT / "training_guide" / f"{name}.md").read_text()
+        source = (ROOT / f"{name}.py").read_text()
+        used = set(re.findall(r'"((?:loss|reward|policy|completion|optim|time|perf|eval)/\w+)"', source))
+        used |= {"eval/accuracy", "eval/reward_mean", "eval/reward_std"}
+        missing = {metric for metric in used if f"`{metric}`" not in text}
+        assert not missing, f"{name}.md does not explain {missing}"
+
+
+def test_readme_test_command_is_the_one_ci_runs():
+    command = 'pip install -e ".[test]" && pytest'
+    assert command in (ROOT / "README.md").read_text()
+    assert 'pip install --quiet -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
+
+
+def test_file_tree_in_readme_is_the_tree():
+    text = (ROOT / "README.md").read_text()
+    for name in (*CEILINGS, "models/", "training_guide/", "tests/"):
+        assert re.search(rf"^{re.escape(name)} ", text, re.MULTILINE), f"README's tree lacks {name}"
+
+
+def test_public_functions_say_what_they_do():
+    for module in (sft, grpo, evaluate):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and name != "main":
+                assert function.__doc__, f"{module.__name__}.{name}"
