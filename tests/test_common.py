@@ -1,5 +1,6 @@
 """Masks, log-probs, batches, the sampler and the optimizer step are exact."""
 
+import json
 import math
 import types
 
@@ -99,9 +100,7 @@ def naive_logprobs(model, ids, mask, temperature):
     logits = model(input_ids=torch.tensor([ids])).logits[0] / temperature
     rows = [logits[t - 1].log_softmax(-1) for t in range(1, len(ids))]
     values = [rows[t - 1][ids[t]] if mask[t] else torch.zeros((), dtype=logits.dtype) for t in range(1, len(ids))]
-    entropies = [
-        -(row.exp() * row).sum() if keep else torch.zeros(()) for row, keep in zip(rows, mask[1:], strict=True)
-    ]
+    entropies = [-(row.exp() * row).sum().item() * keep for row, keep in zip(rows, mask[1:], strict=True)]
     return torch.stack([torch.zeros((), dtype=logits.dtype), *values]), torch.tensor([0.0, *entropies])
 
 
@@ -317,14 +316,10 @@ def test_completions_hold_their_stop_token_and_say_why_they_ended(engine, prompt
 
 
 def test_greedy_equals_the_library_and_its_settings_cannot_sneak_in(tiny, tokenizer, prompts, tmp_path):
-    tiny.generation_config, bare = (
-        GenerationConfig(top_k=1, temperature=0.01, repetition_penalty=5.0),
-        tiny.generation_config,
-    )
-    tiny.generation_config.eos_token_id = tokenizer.eos_token_id
-    tiny.save_pretrained(tmp_path)
-    tiny.generation_config = bare
-    tokenizer.save_pretrained(tmp_path)
+    common.save_model(tmp_path, tiny, tokenizer, torch.float32)
+    settings = {"do_sample": True, "top_k": 1, "temperature": 0.01, "repetition_penalty": 5.0, "min_new_tokens": 15}
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     sneaky = HFEngine(common.load_model(str(tmp_path), CPU, "sdpa"), tokenizer, 10_000)
     plain = HFEngine(tiny, tokenizer, 10_000)
     for temperature in (0.0, 1.0):
