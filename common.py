@@ -149,6 +149,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 
 def load_datasets(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
+    eval_dataset = eval_dataset if args.eval_steps > 0 else None
     ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
     if eval_dataset is None and args.eval_steps > 0 and (args.eval_dataset or train_dataset is None):
         name = args.eval_dataset or args.dataset
