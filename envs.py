@@ -133,7 +133,7 @@ class MathDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        num_samples: int = 200,
+        num_samples: int = 2000,
         min_val: int = 0,
         max_val: int = 50,
         operand: str = "add",

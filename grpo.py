@@ -18,7 +18,7 @@ What differs from the paper (https://arxiv.org/abs/2402.03300):
 5. pi_old is the trainer's own detached log-prob in the first of --ppo-steps: no extra forward pass.
 
 Laptop:  python grpo.py
-GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --batch-size 32
+GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --batch-size 64
 Guide:   training_guide/grpo.md
 """
 
@@ -55,14 +55,14 @@ class Args:
     eval_dataset: str | None = None
     """likewise; default: the evaluation split of --dataset"""
     num_samples: int | None = None
-    """math: how many problems (default 200); else keep the first N rows"""
+    """math: how many problems (default 2000); else keep the first N rows"""
     min_val: int | None = None
     """math: smallest operand (default 0)"""
     max_val: int | None = None
     """math: largest operand (default 50)"""
     operand: Literal["add", "sub", "mult", "div"] | None = None
     """math: the operation (default add)"""
-    batch_size: int = 16
+    batch_size: int = 32
     """prompts per process and step"""
     group_size: int = 8
     """completions per prompt"""
@@ -95,7 +95,7 @@ class Args:
     """peak; default 1e-6, for a bundled model 3e-4"""
     warmup_steps: int = 5
     """steps of linear warm-up"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """after warm-up: constant, or down to zero at the last step"""
     weight_decay: float = 0.0
     """AdamW's, on matrices only"""

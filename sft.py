@@ -53,7 +53,7 @@ class Args:
     eval_dataset: str | None = None
     """likewise; default: the evaluation split of --dataset"""
     num_samples: int | None = None
-    """math: how many problems (default 200); else keep the first N rows"""
+    """math: how many problems (default 2000); else keep the first N rows"""
     min_val: int | None = None
     """math: smallest operand (default 0)"""
     max_val: int | None = None

@@ -136,7 +136,7 @@ def test_division_answers_are_fractions():
 def test_math_dataset_is_seeded_and_sized():
     first, again, other = (MathDataset(50, seed=seed) for seed in (3, 3, 4))
     assert [e.prompt for e in first] == [e.prompt for e in again] != [e.prompt for e in other]
-    assert len(MathDataset()) == 200
+    assert len(MathDataset()) == 2000
     assert len(MathDataset(500, split="eval")) == 500  # enough held-out problems in the default range
     assert len(MathDataset(5, 0, 10**9)) == 5  # a huge range costs no memory
 
