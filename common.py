@@ -48,7 +48,7 @@ from envs import EnvBase, Message, UserError
 disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
-HEAD_CHUNK = 256  # trained positions whose logits exist at a time: (256, V) in place of (B, T, V)
+HEAD_LOGITS = 2**25  # logits that exist at a time, 128 MB in float32: 220 positions of Qwen2.5's 151,936 tokens
 KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
@@ -366,12 +366,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
 class ChunkedLM(nn.Module):
     """A causal language model whose forward pass never holds the logits of a whole batch.
 
-    It runs the trunk, takes the hidden states that predict a trained token, and applies the head to `HEAD_CHUNK` of
-    them at a time; backward recomputes a chunk's logits instead of keeping them. What is made of the logits is the
-    caller's `chunk_fn`. All of it is inside `forward`: a wrapper for many processes synchronises nothing else.
+    It runs the trunk, takes the hidden states that predict a trained token, and applies the head to a chunk of them at
+    a time (`HEAD_LOGITS`); backward recomputes a chunk's logits instead of keeping them. What is made of the logits is
+    the caller's `chunk_fn`. All of it is inside `forward`: a wrapper for many processes synchronises nothing else.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.model, self.dtype = model, dtype
 
@@ -391,9 +391,10 @@ class ChunkedLM(nn.Module):
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state  # (B, T, H)
             states, targets = hidden[:, :-1][trained], input_ids[:, 1:][trained]  # (N, H), (N,)
+            size = max(HEAD_LOGITS // self.model.get_output_embeddings().weight.shape[0], 1)
             chunks = [
                 checkpoint(self.head, s, t, chunk_fn, use_reentrant=False, preserve_rng_state=False)
-                for s, t in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+                for s, t in zip(states.split(size), targets.split(size), strict=True)
             ]
         outputs = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # (N,) each
         placed = [values.new_zeros(trained.shape).masked_scatter(trained, values) for values in outputs]  # (B, T - 1)

@@ -108,7 +108,7 @@ def naive_logprobs(model, ids, mask, temperature):
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_chunked_logprobs_equal_naive_ones_in_value_and_gradient(tiny, batch, monkeypatch, side, chunk, checkpointing):
-    monkeypatch.setattr(common, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(common, "HEAD_LOGITS", chunk * 259)
     model = common.load_model("tiny", CPU, "sdpa").double()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -144,7 +144,7 @@ def test_nothing_predicts_the_first_token_and_no_token_may_train(tiny):
 
 def test_full_logits_of_a_batch_never_exist(tiny, batch, monkeypatch):
     sizes = []
-    monkeypatch.setattr(common, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(common, "HEAD_LOGITS", 4 * 259 + 7)
     hook = tiny.get_output_embeddings().register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[0]))
     ids, masks = batch
     token_logprobs(tiny, pad(ids, "right"), pad([[1] * len(i) for i in ids], "right"), pad(masks, "right"))
