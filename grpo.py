@@ -62,7 +62,7 @@ class Args:
     """math: largest operand (default 50)"""
     operand: Literal["add", "sub", "mult", "div"] | None = None
     """math: the operation (default add)"""
-    batch_size: int = 32
+    batch_size: int = 16
     """prompts per process and step"""
     group_size: int = 8
     """completions per prompt"""
@@ -237,7 +237,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
-    run.begin(dtype=str(dtype), attention=attn)
+    run.begin(compute_dtype=str(dtype), attention=attn)
     local_size = args.batch_size * args.group_size  # B: completions of this process
     total_size = local_size * accelerator.num_processes
     size = f"{total_size // args.group_size} prompts x {args.group_size} completions a step"

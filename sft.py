@@ -196,7 +196,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         metrics = evaluate_loss(accelerator, policy, eval_conversations, args.micro_batch_tokens)
         return metrics | (evaluator.evaluate()[0] if evaluator is not None else {})
 
-    run.begin(dtype=f"{dtype}", attention=attn)
+    run.begin(compute_dtype=str(dtype), attention=attn)
     run.say(
         f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights" + from_scratch * ", random"
     )

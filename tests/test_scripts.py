@@ -41,7 +41,7 @@ def test_grpo_writes_its_folder(tmp_path):
     assert "eval/accuracy" in lines[2]
     record = json.loads((folder / "args.json").read_text())
     assert (record["learning_rate"], record["num_processes"], record["attention"]) == (3e-4, 1, "sdpa")
-    assert (record["dtype"], record["resumed_from"]) == ("torch.float32", None)
+    assert (record["compute_dtype"], record["resumed_from"]) == ("torch.float32", None)
     completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
     assert [c["step"] for c in completions] == [1] * 8 + [2] * 8  # the first prompt's group of each step
     assert set(completions[0]) == {"step", "prompt", "completion", "reward", "advantage", "finish_reason"}
