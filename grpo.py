@@ -62,7 +62,7 @@ class Args:
     """math: largest operand (default 50)"""
     operand: Literal["add", "sub", "mult", "div"] | None = None
     """math: the operation (default add)"""
-    batch_size: int = 16
+    batch_size: int = 32
     """prompts per process and step"""
     group_size: int = 8
     """completions per prompt"""
@@ -89,7 +89,7 @@ class Args:
     """completions cut at --max-new-tokens do not train (their rewards still count in the group's mean)"""
 
     # Optimization
-    num_steps: int = 250
+    num_steps: int = 170
     """rollouts, each followed by --ppo-steps updates"""
     learning_rate: float | None = None
     """peak; default 1e-6, for a bundled model 3e-4"""
