@@ -779,10 +779,8 @@ class Run:
         if (folder / "args.json").exists():
             before = json.loads((folder / "args.json").read_text())
             kept = [n for n in self.flags if n in before and n not in FREE_TO_CHANGE and "wandb" not in n]
-            changed = [
-                f"--{n.replace('_', '-')} {before[n]} -> {self.flags[n]}" for n in kept if before[n] != self.flags[n]
-            ]
-            if changed:
+            pairs = [(n.replace("_", "-"), before[n], self.flags[n]) for n in kept]
+            if changed := [f"--{name} {old} -> {new}" for name, old, new in pairs if old != new]:
                 raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
         checkpoint, step = newest_checkpoint(folder)
         for name in ("metrics.jsonl", "completions.jsonl"):
@@ -797,7 +795,7 @@ class Run:
         record |= {"num_processes": self.accelerator.num_processes, "resumed_from": self.step or None}
         record["versions"] = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
         if self.is_main:
-            (self.folder / "args.json").write_text(json.dumps(record, indent=2) + "\n")
+            replace_text(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
             if self.args.enable_wandb:
                 self.with_wandb(lambda: self.start_wandb(record))
         resumed = f", resumed from step {self.step}" if self.step else ""
@@ -842,9 +840,8 @@ class Run:
         self.progress.stop()
         if not self.is_main:
             return
-        self.say(
-            f"saved      {self.folder / 'final'} · {(time.perf_counter() - self.started) / 60:.1f} minutes", "bold"
-        )
+        minutes = (time.perf_counter() - self.started) / 60
+        self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
             if values := [line[name] for line in lines if name in line]:
@@ -881,15 +878,19 @@ def git_revision() -> str | None:
         return None
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def cut_back(path: Path, step: int) -> None:
     """Drops the lines of later steps, and a last line that a crash left half written."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True) if step > 0 else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    replace_text(path, "".join(kept))
 
 
 def peak_memory_gb(device: torch.device) -> float:
