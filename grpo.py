@@ -89,7 +89,7 @@ class Args:
     """completions cut at --max-new-tokens do not train (their rewards still count in the group's mean)"""
 
     # Optimization
-    num_steps: int = 200
+    num_steps: int = 170
     """rollouts, each followed by --ppo-steps updates"""
     learning_rate: float | None = None
     """peak; default 1e-6, for a bundled model 3e-4"""
