@@ -826,23 +826,22 @@ class Run:
             return
         with open(self.folder / "completions.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step} | record) + "\n" for record in records)
-        rows = [(f"{r['reward']:.2f}", f"{r['advantage']:+.2f}", repr(shorten(r["completion"]))) for r in records]
+        rows = [(f"{r['reward']:.2f}", f"{r['advantage']:+.2f}", shorten(r["completion"])) for r in records]
         if show and self.console.is_terminal:
             table = Table("reward", "advantage", "completion", title=Text(records[0]["prompt"]))
             for reward, advantage, text in rows:  # Text: a completion may hold [brackets] that rich takes for markup
                 table.add_row(reward, advantage, Text(text))
             self.console.print(table)
         elif show:
-            self.say("\n".join([f"prompt: {records[0]['prompt']}", *(f"  {' '.join(row)}" for row in rows)]))
+            self.say("\n".join([f"prompt: {records[0]['prompt']}", *("  " + " ".join(row) for row in rows)]))
 
     def finish(self) -> None:
         """The ending: where the model is, and each evaluation metric before and after."""
         self.progress.stop()
-        if not self.is_main:
-            return
         minutes = (time.perf_counter() - self.started) / 60
         self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        log = (self.folder / "metrics.jsonl").read_text() if self.is_main else ""
+        lines = [json.loads(line) for line in log.splitlines()]
         for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
             if values := [line[name] for line in lines if name in line]:
                 self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
@@ -866,6 +865,7 @@ class Run:
 
 
 def shorten(text: str, limit: int = 200) -> str:
+    text = text.replace("\n", "\\n")
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
 
 
