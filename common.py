@@ -49,6 +49,7 @@ disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
 HEAD_LOGITS = 2**25  # logits that exist at a time, 128 MB in float32: 220 positions of Qwen2.5's 151,936 tokens
+SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
 KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
@@ -60,9 +61,8 @@ def on_signal(signum: int, _frame: Any) -> None:
     global received_signal
     received_signal = signum
     signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    print(
-        f"\n{signal.Signals(signum).name}: finishing this step, then saving; once more stops at once", file=sys.stderr
-    )
+    name = signal.Signals(signum).name
+    print(f"\n{name}: finishing this step, then saving; once more stops at once", file=sys.stderr)
 
 
 def stop_signal(accelerator: Accelerator) -> int:
@@ -86,8 +86,6 @@ def run(main: Callable[[Any], None], args: Any) -> None:
 
 
 # ---- Flags -----------------------------------------------------------------------------------------------------------
-
-
 def is_json_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
@@ -121,8 +119,6 @@ def check_args(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> No
 
 
 # ---- Start-up --------------------------------------------------------------------------------------------------------
-
-
 def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Accelerator:
     """Checks the flags (`exceptions`: as in `check_args`) and joins the other processes."""
     check_args(args, **exceptions)
@@ -179,8 +175,6 @@ def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-
-
 def resolve_model(model: str) -> str:
     return str(HERE / "models" / model) if model in BUNDLED else model
 
@@ -357,8 +351,6 @@ def require_rewards(dataset: Any) -> None:
 
 
 # ---- Log-probs: the head only at trained positions, in chunks, recomputed in backward --------------------------------
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
@@ -437,8 +429,6 @@ def token_logprobs(
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
     """Sequences padded on the right to one length. `rows`: their indices in the step's list; a dummy has none."""
@@ -507,8 +497,6 @@ def reduce_metrics(accelerator: Accelerator, sums: dict[str, Any], denominator: 
 
 
 # ---- The optimizer step ----------------------------------------------------------------------------------------------
-
-
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The learning rate is set at each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -522,10 +510,8 @@ def scheduled_lr(step: int, learning_rate: float, warmup_steps: int, num_steps: 
     if step <= warmup_steps:
         return learning_rate * step / warmup_steps
     progress = (step - warmup_steps - 1) / max(num_steps - warmup_steps, 1)
-    return (
-        learning_rate
-        * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
-    )
+    half_cosine = (1 + math.cos(math.pi * progress)) / 2
+    return learning_rate * {"constant": 1.0, "linear": 1 - progress, "cosine": half_cosine}[schedule]
 
 
 def backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor, last: bool) -> None:
@@ -558,8 +544,6 @@ def optimizer_step(
 
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Completion:
     """What the model wrote: token ids with the stop token, the log-prob each was drawn with, `stop` or `length`."""
@@ -638,36 +622,46 @@ class HFEngine:
     def generate_batch(
         self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        width = max(map(len, prompts))
-        input_ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts])  # (B, T), padded on the left
-        attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        uniforms = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
-        device = self.model.device
-        sampler = InverseCDFSampler(torch.from_numpy(uniforms).to(device) if temperature else None, temperature)
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=self.stop_ids, pad_token_id=self.pad_id
-        )
+        width, device = max(map(len, prompts)), self.model.device
+        ids = torch.tensor(
+            [[self.pad_id] * (width - len(p)) + p for p in prompts], device=device
+        )  # (B, T), left padded
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        draws = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
+        options = {"do_sample": False, "eos_token_id": self.stop_ids, "pad_token_id": self.pad_id}
+        completions = [Completion([], [], "length") for _ in prompts]
+        going, cache = list(range(len(prompts))), None  # rows that have not stopped, and their keys and values
         training = self.model.training
         self.model.eval()  # with gradient checkpointing, training mode forbids the cache
-        with autocast(device, self.dtype):
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                generation_config=config,
-                logits_processor=transformers.LogitsProcessorList([sampler]),
-            )
+        for start in range(0, max_new_tokens, SEGMENT):
+            segment = uniforms[going, start : start + SEGMENT]
+            sampler = InverseCDFSampler(segment if temperature else None, temperature)
+            config = GenerationConfig(max_new_tokens=segment.shape[1], return_dict_in_generate=True, **options)
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            processors = transformers.LogitsProcessorList([sampler])
+            with autocast(device, self.dtype):
+                output = self.model.generate(**inputs, generation_config=config, logits_processor=processors)
+            new = output.sequences[:, ids.shape[1] :]  # (B, up to SEGMENT)
+            logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+            for i, tokens, values in zip(going, new.tolist(), logprobs, strict=True):
+                length = next((t + 1 for t, token in enumerate(tokens) if token in self.stop_ids), None)
+                completions[i].token_ids += tokens[:length]
+                completions[i].logprobs += values[:length]
+                completions[i].finish_reason = "length" if length is None else "stop"
+            # One long completion must not keep the others decoding: rows that stopped leave the batch.
+            keep = [n for n, i in enumerate(going) if completions[i].finish_reason == "length"]
+            if not keep:
+                break
+            going, ids = [going[n] for n in keep], output.sequences[keep]
+            mask = nn.functional.pad(mask[keep], (0, new.shape[1]), value=1)
+            cache = output.past_key_values
+            cache.reorder_cache(torch.tensor(keep, device=device))  # takes these rows
         self.model.train(training)
-        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()  # (B, new)
-        completions = []
-        for ids, row in zip(output[:, width:].tolist(), logprobs, strict=True):
-            length = next((t + 1 for t, token in enumerate(ids) if token in self.stop_ids), None)
-            completions.append(Completion(ids[:length], row[:length], "length" if length is None else "stop"))
         return completions
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Evaluator:
     """Scores an engine's completions of a dataset, sharded over the processes: each problem once, none twice."""
@@ -902,14 +896,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 # ---- Checkpoints: published whole or not at all ----------------------------------------------------------------------
-
-
 def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def publish(target: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def naive_logprobs(model, ids, mask, temperature):
 @pytest.mark.parametrize("chunk", [1, 3, 256])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_chunked_logprobs_equal_naive_ones_in_value_and_gradient(tiny, batch, monkeypatch, side, chunk, checkpointing):
-    monkeypatch.setattr(common, "HEAD_LOGITS", chunk * 259)
+    monkeypatch.setattr(common, "HEAD_LOGITS", chunk * tiny.config.vocab_size)
     model = common.load_model("tiny", CPU, "sdpa").double()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -144,7 +144,7 @@ def test_nothing_predicts_the_first_token_and_no_token_may_train(tiny):
 
 def test_full_logits_of_a_batch_never_exist(tiny, batch, monkeypatch):
     sizes = []
-    monkeypatch.setattr(common, "HEAD_LOGITS", 4 * 259 + 7)
+    monkeypatch.setattr(common, "HEAD_LOGITS", 4 * tiny.config.vocab_size + 7)
     hook = tiny.get_output_embeddings().register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[0]))
     ids, masks = batch
     token_logprobs(tiny, pad(ids, "right"), pad([[1] * len(i) for i in ids], "right"), pad(masks, "right"))
@@ -294,6 +294,26 @@ def test_a_completion_depends_on_its_seed_alone(engine, prompts):
     other = engine.generate([prompts[2]] * 8, list(range(8)), max_new_tokens=20, temperature=1.0)
     assert len({tuple(c.token_ids) for c in other}) > 1
     assert engine.generate([], [], max_new_tokens=20, temperature=1.0) == []
+
+
+def test_completions_that_stop_leave_the_batch_and_the_others_go_on_unchanged(tiny, engine, prompts, monkeypatch):
+    sizes = []
+    hook = tiny.register_forward_hook(lambda _m, _i, output: sizes.append(len(output.logits)))
+    drawn = {}
+    for segment in (5, 1000):
+        monkeypatch.setattr(common, "SEGMENT", segment)
+        drawn[segment] = engine.generate(prompts * 4, list(range(12)), max_new_tokens=48, temperature=2.5)
+        sizes.append(0)
+    hook.remove()
+    first, whole = sizes[: sizes.index(0)], sizes[sizes.index(0) + 1 : -1]
+    assert set(whole) == {12}
+    assert len(first) == len(whole) == 48  # one of them runs to the end
+    alive = [sum(len(c.token_ids) > t // 5 * 5 for c in drawn[1000]) for t in range(48)]
+    assert first == alive
+    assert 0 < alive[-1] < alive[20] < 12
+    for one, other in zip(drawn[5], drawn[1000], strict=True):
+        assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+        torch.testing.assert_close(one.logprobs, other.logprobs, rtol=1e-4, atol=1e-5)
 
 
 def test_seeds_differ_by_run_step_and_index_and_fit_63_bits():
