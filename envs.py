@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 Message = dict[str, str]
-BOXED = r"Answer in \boxed{}."  # the one sentence that asks for the form the grader reads
+BOXED = r"Put the final answer in \boxed{}."  # the one sentence that asks for the form the grader reads
 
 
 class UserError(Exception):
@@ -179,9 +179,9 @@ def is_eval_problem(a: int, b: int, operand: str) -> bool:
 
 def math_problem(a: int, b: int, operand: str) -> MathEnv:
     answer = {"add": a + b, "sub": a - b, "mult": a * b, "div": Fraction(a, b or 1)}[operand]
-    problem = f"{a}{OPERANDS[operand]}{b}" if b >= 0 else f"{a}{OPERANDS[operand]}({b})"
-    prompt = [{"role": "user", "content": f"{problem}=? {BOXED}"}]
-    return MathEnv(prompt, str(answer), target=f"{problem}=\\boxed{{{answer}}}")
+    problem = f"{a} {OPERANDS[operand]} {b}" if b >= 0 else f"{a} {OPERANDS[operand]} ({b})"
+    prompt = [{"role": "user", "content": f"What is {problem}? {BOXED}"}]
+    return MathEnv(prompt, str(answer), target=f"{problem} = \\boxed{{{answer}}}")
 
 
 def load_dataset(

@@ -243,7 +243,7 @@ def engine(tiny, tokenizer):
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    texts = ["What is 3 + 4? Answer in \\boxed{}.", "12 + 5?", "Say something long, please."]
+    texts = ["What is 3 + 4? Put the final answer in \\boxed{}.", "12 + 5?", "Say something long, please."]
     return [encode_prompt(tokenizer, chat(text)) for text in texts]
 
 
