@@ -45,13 +45,13 @@ class EnvBase:
 
 @dataclass
 class MathEnv(EnvBase):
-    r"""1.0 for the right answer in the last `\boxed{}`, 0.1 for a wrong one in that form, 0.0 without a box."""
+    r"""1.0 for the right answer in the last `\boxed{}`, 0.1 for a wrong one in that form, 0.0 without one (`\boxed{}`)."""
 
     target: str | None = None  # a worked answer; None: the boxed answer alone
 
     def get_reward(self, completion: str) -> float:
         candidate = last_boxed(completion)
-        if candidate is None:
+        if not (candidate and candidate.strip()):  # prompts say \boxed{}: an echo of that is no answer
             return 0.0
         return 1.0 if same_answer(candidate, str(self.answer)) else 0.1
 

@@ -75,7 +75,7 @@ def test_last_box_with_balanced_braces_counts(completion, content):
 def test_reward_levels():
     assert reward("72", r"\boxed{72}") == 1.0
     assert reward("72", r"\boxed{71}") == 0.1
-    assert reward("72", r"\boxed{}") == 0.1
+    assert reward("72", r"\boxed{}") == reward("72", r"\boxed{ }") == 0.0  # an echo of the prompt
     assert reward("72", "72") == 0.0
     assert reward(0.75, r"\boxed{3/4}") == 1.0
     assert reward("Paris", r"\boxed{ \text{Paris} }") == 1.0
