@@ -109,7 +109,7 @@ def test_hostile_answers_are_wrong_and_quick(name, tmp_path, monkeypatch):
 
 def operands(env):
     """a, sign and b of a problem, read from its worked answer."""
-    return re.match(r"(-?\d+)([-+*/])\(?(-?\d+)\)?=\\boxed", env.get_target()).groups()
+    return re.match(r"(-?\d+) ([-+*/]) \(?(-?\d+)\)? = \\boxed", env.get_target()).groups()
 
 
 @pytest.mark.parametrize("operand", ["add", "sub", "mult", "div"])
@@ -128,7 +128,7 @@ def test_math_targets_are_right_and_splits_share_no_problem(operand):
         exact = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y, "/": lambda x, y: x / y}
         assert Fraction(env.answer) == exact[sign](Fraction(a), Fraction(b))
         assert env.get_reward(env.get_target()) == 1.0
-        assert env.prompt[0]["content"].startswith(env.get_target().split("=")[0])
+        assert env.prompt[0]["content"].startswith(f"What is {env.get_target().split(' =')[0]}?")
         assert "boxed" in env.prompt[0]["content"]
 
 
