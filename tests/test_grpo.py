@@ -171,6 +171,78 @@ def test_gradient_by_finite_differences(loss_type):
     assert torch.autograd.gradcheck(loss, (logprobs.requires_grad_(),))
 
 
+def paper(logprobs, old, ref, rewards, mask, weights, *, loss_type, beta, max_new_tokens):
+    """The objective as the papers write it, sequence by sequence and token by token, in Python's own floats.
+
+    GRPO: https://arxiv.org/abs/2402.03300, equation 3; DAPO: https://arxiv.org/abs/2503.14476, equation 8;
+    Dr. GRPO: https://arxiv.org/abs/2503.20783, figure 1.
+    """
+    sequences = []
+    for group in range(len(rewards)):
+        mean = sum(rewards[group]) / len(rewards[group])
+        variance = sum((r - mean) ** 2 for r in rewards[group]) / (len(rewards[group]) - 1)
+        for member, reward in enumerate(rewards[group]):
+            i = group * len(rewards[group]) + member
+            advantage, terms = (reward - mean) / (math.sqrt(variance) + 1e-4), []
+            for t in range(len(mask[i])):
+                if mask[i][t]:
+                    ratio = math.exp(logprobs[i][t] - old[i][t])
+                    clipped = min(max(ratio, 0.8), 1.3)
+                    gap = ref[i][t] - logprobs[i][t]
+                    kl = ratio * (math.exp(gap) - gap - 1)
+                    terms.append(weights[i][t] * min(ratio * advantage, clipped * advantage) - beta * kl)
+            sequences.append(terms)
+    if loss_type == "grpo":
+        return -sum(sum(terms) / len(terms) for terms in sequences) / len(sequences)
+    tokens = sum(map(len, sequences)) if loss_type == "dapo" else len(sequences) * max_new_tokens
+    return -sum(map(sum, sequences)) / tokens
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_value_and_gradient_are_those_of_the_paper(loss_type, beta, weighted):
+    logprobs, old, _, mask, ref = random_case()
+    rewards = tensor([0.0, 1.0, 0.1], [1.0, 0.1, 0.1])
+    weights = 2 * torch.rand_like(logprobs) if weighted else torch.ones_like(logprobs)
+    denominator = {"dapo": mask.sum().item(), "grpo": 6, "dr_grpo": 6 * 9}[loss_type]
+    loss, gradient, _ = loss_and_gradient(
+        logprobs,
+        old,
+        group_advantages(rewards, "group").flatten(),
+        mask,
+        denominator=denominator,
+        loss_type=loss_type,
+        ref_logprobs=ref if beta else None,
+        kl_penalty=beta,
+        importance_weights=weights if weighted else None,
+    )
+
+    def naive(x):
+        columns = (x.tolist(), old.tolist(), ref.tolist(), rewards.tolist(), mask.tolist(), weights.tolist())
+        return paper(*columns, loss_type=loss_type, beta=beta, max_new_tokens=9)
+
+    assert loss == pytest.approx(naive(logprobs), rel=1e-12)
+    step = 1e-6
+    for i, t in mask.nonzero().tolist():
+        high, low = logprobs.clone(), logprobs.clone()
+        high[i, t] += step
+        low[i, t] -= step
+        assert gradient[i, t].item() == pytest.approx((naive(high) - naive(low)) / (2 * step), rel=1e-5, abs=1e-8)
+    assert not gradient[mask == 0].any()
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_one_token_and_one_sequence_stay_finite_and_a_call_has_no_memory(loss_type):
+    options = {"denominator": 1, "loss_type": loss_type}
+    inputs = tensor([0.0, -0.5]), tensor([0.0, -0.4]), tensor(1.0), torch.tensor([[0, 1]])
+    one, again = (loss_and_gradient(*inputs, **options) for _ in range(2))
+    assert math.isfinite(one[0])
+    assert one[0] == again[0]
+    assert torch.equal(one[1], again[1])
+    assert one[1][0, 1] == pytest.approx(-math.exp(-0.1))
+
+
 def test_nothing_trained_is_finite_and_inputs_stay_as_they_are():
     logprobs, old, advantages, mask, _ = random_case()
     copies = [t.clone() for t in (logprobs, old, advantages, mask)]

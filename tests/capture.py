@@ -1,0 +1,116 @@
+"""Runs the real scripts, several times in one process, and records what each optimizer step saw. Not a test itself.
+
+    python tests/capture.py CASES.json OUT          or the same under torchrun: then every process records
+
+A case is a JSON object: `name`, `script`, `flags`, and what differs from a plain run:
+    float64: weights and loss in float64                     padding: "left" pads the training batches on the left
+    frozen: completions are a function of their seed         no_skip: groups of equal rewards are computed as well
+    head_logits: logits that exist at a time                 flat: positions of step 1 whose prompts have equal rewards
+Each process writes OUT/<name>-<rank>.safetensors: the gradient of each parameter at each step, `<step>.<n>`, in the
+optimizer's order, and each completion, `completion.<seed>`.
+"""
+
+import json
+import random
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import tyro
+from safetensors.torch import save_file
+
+import common
+import grpo
+import sft
+from envs import EnvBase
+
+SCRIPTS = {"grpo": grpo, "sft": sft}
+
+
+@dataclass
+class Puzzle(EnvBase):
+    """A reward that depends on the text alone, or on nothing."""
+
+    flat: bool = False
+
+    def get_reward(self, completion: str) -> float:
+        return 0.1 if self.flat else (0.0, 0.1, 1.0)[zlib.crc32(completion.encode()) % 3]
+
+
+def puzzles(flat: list[int], seed: int = 1) -> list[Puzzle]:
+    """16 problems of unequal length; `flat` names positions in the order in which the script takes them."""
+    flat_rows = set(common.data_order(16, seed, 0, 16)[i] for i in flat)
+    texts = [f"{'why ' * (i % 5)}{i * 37} + {i}?" for i in range(16)]
+    return [Puzzle([{"role": "user", "content": t}], "yes " * (i % 7), i in flat_rows) for i, t in enumerate(texts)]
+
+
+def frozen_completion(seed: int, max_new_tokens: int) -> common.Completion:
+    rng = random.Random(seed)
+    length = rng.randint(1, max_new_tokens)
+    ids = [rng.randint(3, 250) for _ in range(length)]
+    if stopped := rng.random() < 0.7:
+        ids[-1] = 2  # <|im_end|>
+    return common.Completion(ids, [-rng.random() for _ in ids], "stop" if stopped else "length")
+
+
+def pad_left(batch: common.Batch) -> common.Batch:
+    moved = [t.clone() for t in (batch.input_ids, batch.attention_mask, batch.loss_mask)]
+    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
+        for t in moved:
+            t[row] = t[row].roll(t.shape[1] - length)
+    return common.Batch(batch.rows, *moved)
+
+
+def capture(case: dict, out: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    steps = 0
+    load_model, generate, micro_batches = common.load_model, common.HFEngine.generate, common.micro_batches
+    adamw_step = torch.optim.AdamW.step
+
+    def load_and_cast(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        return model.double() if case.get("float64") else model
+
+    def generate_and_record(self, prompts, seeds, *, max_new_tokens, temperature):
+        if case.get("frozen"):
+            completions = [frozen_completion(seed, max_new_tokens) for seed in seeds]
+        else:
+            completions = generate(self, prompts, seeds, max_new_tokens=max_new_tokens, temperature=temperature)
+        tensors.update({f"completion.{s}": torch.tensor(c.token_ids) for s, c in zip(seeds, completions, strict=True)})
+        return completions
+
+    def cut(accelerator, sequences, max_tokens, rows=None):
+        batches = micro_batches(accelerator, sequences, max_tokens, None if case.get("no_skip") else rows)
+        return [pad_left(b) for b in batches] if case.get("padding") == "left" else batches
+
+    def record_and_step(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        tensors.update({f"{steps}.{i}": grad.clone() for i, grad in enumerate(grads)})
+        return adamw_step(self, *args, **kwargs)
+
+    script = SCRIPTS[case["script"]]
+    args = tyro.cli(script.Args, args=[*case["flags"], "--output-dir", str(out / case["name"]), "--eval-steps", "0"])
+    with (
+        mock.patch.object(common, "load_model", load_and_cast),
+        mock.patch.object(common.HFEngine, "generate", generate_and_record),
+        mock.patch.object(common, "micro_batches", cut),
+        mock.patch.object(common, "HEAD_LOGITS", case.get("head_logits", common.HEAD_LOGITS)),
+        mock.patch.object(torch.optim.AdamW, "step", record_and_step),
+    ):
+        script.main(args, puzzles(case.get("flat", [])))
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    save_file(tensors, out / f"{case['name']}-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        capture(each, Path(sys.argv[2]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,145 @@
+"""Plants known bugs into a copy of the project, one at a time, and reports which test catches each.
+
+python tests/plant_bugs.py            all of them; exit code 1 if one is missed or a harmless change fails a test
+python tests/plant_bugs.py KL         those whose name has "KL" in it
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SUITES = ["test_grpo.py", "test_sft.py", "test_common.py", "test_scripts.py", "test_invariance.py"]
+
+BUGS = {  # name -> file, what stands there once, what is planted
+    "denominator of this process alone": (
+        "grpo.py",
+        "trained_tokens = common.global_sum(accelerator, sum(trained))",
+        "trained_tokens = float(sum(trained))",
+    ),
+    "denominator of this process alone, sft": (
+        "sft.py",
+        "tokens = common.global_sum(accelerator, sum(sum(loss_mask) for _, loss_mask in sequences))",
+        "tokens = float(sum(sum(loss_mask) for _, loss_mask in sequences))",
+    ),
+    "mean of each sequence for dapo": ("grpo.py", 'if loss_type == "grpo":', 'if loss_type != "dr_grpo":'),
+    "log-probs shifted by one": ("common.py", "hidden[:, :-1][trained]", "hidden[:, 1:][trained]"),
+    "temperature missing from the loss": (
+        "common.py",
+        "    logits = logits / temperature\n    normalizer",
+        "    normalizer",
+    ),
+    "population standard deviation": (
+        "grpo.py",
+        "rewards.std(dim=1, keepdim=True)",
+        "rewards.std(dim=1, keepdim=True, correction=0)",
+    ),
+    "baseline of the whole batch": ("grpo.py", "rewards.mean(dim=1, keepdim=True)", "rewards.mean()"),
+    "padding in the loss": (
+        "grpo.py",
+        "loss = torch.where(mask, per_token, 0).sum() / denominator",
+        "loss = per_token.sum() / denominator",
+    ),
+    "prompt in the loss": ("grpo.py", "[0] * len(prompts[i])", "[1] * len(prompts[i])"),
+    "token at a chunk's edge counted twice": (
+        "common.py",
+        "[torch.cat(parts) for parts",
+        "[torch.cat([torch.cat([p[:-1], 2 * p[-1:]]) for p in parts]) for parts",
+    ),
+    "log-probs of the engine as the old ones": (
+        "grpo.py",
+        "old_logprobs.append(logprobs.detach())",
+        "old_logprobs.append(engine_logprobs[n])",
+    ),
+    "old log-probs of every update": (
+        "grpo.py",
+        "                    old_logprobs[n],\n",
+        "                    logprobs.detach(),\n",
+    ),
+    "sign of the KL": ("grpo.py", "per_token + kl_penalty", "per_token - kl_penalty"),
+    "KL with a detached ratio": ("grpo.py", "ratio * (d.exp() - d - 1)", "ratio.detach() * (d.exp() - d - 1)"),
+    "gradients not summed over processes": (
+        "common.py",
+        "with nullcontext() if last else accelerator.no_sync(model):",
+        "with accelerator.no_sync(model):",
+    ),
+    "gradients averaged over processes": (
+        "common.py",
+        "accelerator.backward(loss * accelerator.num_processes)",
+        "accelerator.backward(loss)",
+    ),
+    "metrics of the last micro-batch": ("grpo.py", "sums.update(metrics_of_batch)", "sums = Counter(metrics_of_batch)"),
+    "stop token not trained": ("common.py", "or (start == stop and token in special)", ""),
+    "completions that depend on the process": (
+        "grpo.py",
+        "first = accelerator.process_index * local_size",
+        "first = 0",
+    ),
+    "same prompts on every process": (
+        "grpo.py",
+        "+ accelerator.process_index) * args.batch_size",
+        ") * args.batch_size",
+    ),
+}
+HARMLESS = {
+    "maximum for minus minimum": (
+        "grpo.py",
+        "-torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])",
+        "torch.maximum(-ratio * advantages[:, None], -clipped * advantages[:, None])",
+    ),
+    "shortest sequences first": ("common.py", "key=lambda i: -lengths[i])", "key=lambda i: (-lengths[i], -i))"),
+    "sum of products for the dot": (
+        "common.py",
+        "(logits.softmax(-1) * logits).sum(-1)",
+        "(logits * logits.softmax(-1)).sum(-1)",
+    ),
+}
+
+
+def first_failure(file: str, old: str, new: str) -> str | None:
+    """The first test that fails with the change in place; None when all pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "results", "__pycache__", ".*_cache"))
+        text = (copy / file).read_text()
+        assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
+        (copy / file).write_text(text.replace(old, new))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(f"tests/{s}" for s in SUITES),
+        ]
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+        return failed[1] if failed else f"pytest ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    changes = {name: change for name, change in (BUGS | HARMLESS).items() if wanted in name}
+    wrong = 0
+    with ThreadPoolExecutor(2) as pool:
+        for name, caught in zip(changes, pool.map(lambda c: first_failure(*c), changes.values()), strict=True):
+            good = (caught is None) == (name in HARMLESS)
+            wrong += not good
+            kind = "harmless" if name in HARMLESS else "bug"
+            print(f"{'ok    ' if good else 'WRONG '} {kind:8} {name:42} {caught or 'no test fails'}", flush=True)
+    print(f"{len(changes) - wrong} of {len(changes)} as they should be")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The gradient of a step does not depend on how the step is cut: micro-batches, padding, processes, chunks, skipping.
+
+Gradients are captured from the real scripts by tests/capture.py, in float64 with the rollouts frozen.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_metrics
+from safetensors.torch import load_file
+
+SMALL = ["--num-steps", "1", "--max-grad-norm", "inf", "--learning-rate", "1e-3", "--warmup-steps", "0"]
+GRPO = [*SMALL, "--group-size", "4", "--max-new-tokens", "12"]
+OBJECTIVES = {
+    f"grpo-{loss}{'-kl' * kl}": ("grpo", [*GRPO, "--loss-type", loss, "--kl-penalty", f"{0.1 * kl}"])
+    for loss in ("dapo", "grpo", "dr_grpo")
+    for kl in (0, 1)
+} | {"sft": ("sft", SMALL)}
+WHOLE = "100000"  # --micro-batch-tokens: one micro-batch
+CUTS = {
+    "one by one": {"tokens": "1"},
+    "by some": {"tokens": "150"},
+    "padded on the left": {"tokens": "400", "padding": "left"},
+    "with checkpointing": {"tokens": WHOLE, "flags": ["--gradient-checkpointing"]},
+    "small chunks of the head": {"tokens": WHOLE, "head_logits": 7 * 299},
+    "nothing skipped": {"tokens": WHOLE, "no_skip": True},
+}
+FLAT = [2, 3]  # of the 4 prompts of a step these have equal rewards: with two processes, all that the second one has
+
+
+def case(name, objective, prompts, *, tokens, flags=(), **options):
+    script, own = OBJECTIVES[objective]
+    size = prompts if script == "grpo" else 2 * prompts
+    flags = [*own, "--batch-size", str(size), "--micro-batch-tokens", tokens, *flags]
+    return {"name": name, "script": script, "flags": flags, "frozen": True, "float64": True, "flat": FLAT} | options
+
+
+def launch(cases, folder, *, processes):
+    (folder / "cases.json").write_text(json.dumps(cases))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *torchrun, str(ROOT / "tests" / "capture.py"), str(folder / "cases.json"), str(folder)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for each in cases:
+        assert json.loads((folder / each["name"] / "args.json").read_text())["num_processes"] == processes
+
+
+def result(folder, name, rank=0):
+    gradients = {k: t for k, t in load_file(folder / f"{name}-{rank}.safetensors").items() if k[0].isdigit()}
+    (line,) = read_metrics(folder / name)
+    return gradients, {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))}
+
+
+def distance(one, other):
+    """Largest difference of two gradients, over the largest entry."""
+    assert one.keys() == other.keys()
+    assert len(one) > 40
+    scale = max(t.abs().max() for t in one.values())
+    assert scale > 1e-4
+    return max((one[k] - other[k]).abs().max() for k in one) / scale
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every objective cut in every way by one process; each again by two, one by one."""
+    alone, pair = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("pair")
+    cases = [case(o, o, 4, tokens=WHOLE) for o in OBJECTIVES]
+    cases += [case(f"{o} {cut}", o, 4, **options) for o in OBJECTIVES for cut, options in CUTS.items()]
+    cases += [
+        case(f"{o} in float32 {tokens}", o, 4, tokens=tokens, float64=False)
+        for o in OBJECTIVES
+        for tokens in ("1", WHOLE)
+    ]
+    launch(cases, alone, processes=1)
+    launch([case(o, o, 2, tokens="60") for o in OBJECTIVES], pair, processes=2)
+    return alone, pair
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_process_cut_in_any_way(runs, objective, cut):
+    gradients, metrics = result(runs[0], objective)
+    other_gradients, other_metrics = result(runs[0], f"{objective} {cut}")
+    assert distance(gradients, other_gradients) < 1e-9
+    if cut == "nothing skipped":  # its loss/* and policy/* cover more tokens
+        metrics, other_metrics = ({"loss/total": m["loss/total"]} for m in (metrics, other_metrics))
+    assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_processes_equal_one_with_twice_the_batch(runs, objective):
+    alone, pair = runs
+    gradients, metrics = result(alone, objective)
+    for rank in (0, 1):
+        other_gradients, other_metrics = result(pair, objective, rank)
+        assert distance(gradients, other_gradients) < 1e-9
+    assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_float32_agrees_to_its_precision(runs, objective):
+    one, other = (result(runs[0], f"{objective} in float32 {tokens}")[0] for tokens in ("1", WHOLE))
+    assert distance(one, other) < 1e-4
+    assert distance(one, result(runs[0], objective)[0]) < 1e-3
+
+
+@pytest.mark.slow
+def test_the_frozen_step_is_worth_comparing(runs):
+    """Unequal lengths, groups with and without a gradient, both ends of a completion, a process without any work."""
+    _, metrics = result(runs[0], "grpo-dapo")
+    assert metrics["reward/zero_std_frac"] == 0.5
+    assert 0.2 < metrics["policy/computed_frac"] < 0.8
+    assert 0 < metrics["completion/truncated_frac"] < 1
+    assert 2 < metrics["completion/length_mean"] < 12
+    assert result(runs[0], "grpo-dapo-kl")[1]["policy/computed_frac"] == 1
+    objectives = [result(runs[0], f"grpo-{loss}")[0] for loss in ("dapo", "grpo", "dr_grpo")]
+    assert all(distance(a, b) > 0.01 for a, b in itertools.pairwise(objectives))
+    completions = [k for k in load_file(runs[0] / "grpo-dapo-0.safetensors") if k.startswith("completion")]
+    halves = [
+        [k for k in load_file(runs[1] / f"grpo-dapo-{r}.safetensors") if k.startswith("completion")] for r in (0, 1)
+    ]
+    assert sorted(completions) == sorted(halves[0] + halves[1])
+    assert len(completions) == 16

@@ -1,0 +1,158 @@
+"""Several processes end, fail and stop together, and share the work without losing or repeating any."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import FAST, ROOT, read_metrics
+from safetensors.torch import load_file
+from test_invariance import GRPO, launch
+
+import common
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+
+def start_two(script, *flags):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, str(script), *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def world_size(folder):
+    return json.loads((folder / "args.json").read_text())["num_processes"]
+
+
+def test_completions_of_two_processes_are_those_of_one_with_twice_the_batch(tmp_path):
+    drawn = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        flags = [*GRPO, "--batch-size", str(8 // processes), "--max-new-tokens", "24"]
+        launch([{"name": "run", "script": "grpo", "flags": flags}], folder, processes=processes)
+        parts = [load_file(folder / f"run-{rank}.safetensors") for rank in range(processes)]
+        drawn[processes] = {k: t.tolist() for part in parts for k, t in part.items() if k.startswith("completion")}
+    assert len(drawn[1]) == 32
+    assert drawn[1] == drawn[2]
+
+
+@pytest.mark.parametrize("problems", [7, 1])
+def test_evaluation_is_shared_without_a_problem_lost_or_repeated(tmp_path, problems):
+    """With 1 problem the second process has none."""
+    flags = ["--num-samples", problems, "--max-new-tokens", 24, "--num-completions", 2, "--temperature", 1]
+    done = start_two(ROOT / "evaluate.py", *flags, "--output-dir", tmp_path / "two")
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert "2 process(es)" in out
+    one = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", *map(str, flags), "--output-dir", tmp_path / "one"], check=True, cwd=ROOT
+    )
+    assert one.returncode == 0
+    two, one = ((tmp_path / name / "results.jsonl").read_text() for name in ("two", "one"))
+    assert two == one
+    assert len(one.splitlines()) == 2 * problems
+
+
+BROKEN = """
+import os
+from dataclasses import dataclass
+from envs import EnvBase
+
+@dataclass
+class Broken(EnvBase):
+    def get_reward(self, completion):
+        if os.environ["RANK"] == "1":
+            raise RuntimeError("the judge of rank 1 is ill")
+        return float(len(completion) % 2)
+
+def make():
+    return [Broken([{"role": "user", "content": f"What is {a} + 1?"}], answer=a + 1) for a in range(20)]
+
+def missing():
+    if os.environ["RANK"] == "1":
+        from envs import UserError
+        raise UserError("the disk of rank 1 is not mounted")
+    return make()
+"""
+
+
+@pytest.mark.parametrize(("function", "message"), [("make", "the judge of rank 1 is ill"), ("missing", "not mounted")])
+def test_an_error_of_one_process_ends_all_with_its_message(tmp_path, function, message):
+    (tmp_path / "mine.py").write_text(BROKEN)
+    started = time.monotonic()
+    flags = [*FAST, "--dataset", f"{tmp_path / 'mine.py'}:{function}", "--output-dir", tmp_path / "run"]
+    done = start_two(ROOT / "grpo.py", *flags)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert message in err
+    assert time.monotonic() - started < 60
+
+
+def test_a_mistake_of_the_user_is_told_once(tmp_path):
+    done = start_two(ROOT / "grpo.py", "--group-size", 1)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert err.count("error: --group-size is 1") == 1
+    assert "Traceback" not in err
+
+
+POISON = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, grpo, tyro
+loss = grpo.grpo_loss
+calls = 0
+
+def poisoned(*args, **options):
+    global calls
+    calls += 1
+    value, metrics = loss(*args, **options)
+    return (value * float("nan") if os.environ["RANK"] == "1" and calls > 3 else value), metrics
+
+grpo.grpo_loss = poisoned
+common.run(grpo.main, tyro.cli(grpo.Args))
+"""
+
+
+def test_nan_on_one_process_stops_all_before_the_update(tmp_path):
+    (tmp_path / "poison.py").write_text(POISON)
+    flags = ["--eval-steps", 0, "--batch-size", 4, "--num-steps", 9, "--saving-steps", 1, "--max-new-tokens", 24]
+    done = start_two(tmp_path / "poison.py", *flags, "--output-dir", tmp_path / "run")
+    _, err = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert world_size(tmp_path / "run") == 2
+    (step, *_) = re.findall(r"step (\d+): .*nan.*process 1\b", err)
+    checkpoint, saved = common.newest_checkpoint(tmp_path / "run")
+    assert saved == int(step) - 1
+    assert checkpoint is not None
+    assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, int(step)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_step_is_saved(tmp_path, rank):
+    run = tmp_path / "run"
+    flags = ["--eval-steps", 0, "--batch-size", 2, "--num-steps", 500, "--saving-steps", 500, "--max-new-tokens", 24]
+    launcher = start_two(ROOT / "grpo.py", *flags, "--output-dir", run)
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run)) < 2:
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+    workers = {}
+    for pid in map(int, children.stdout.split()):
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            variables = dict(pair.split(b"=", 1) for pair in file.read().split(b"\0") if b"=" in pair)
+        workers[int(variables[b"RANK"])] = pid
+    os.kill(workers[rank], signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    assert world_size(run) == 2
+    steps = [line["step"] for line in read_metrics(run)]
+    assert len(steps) < 500
+    assert common.newest_checkpoint(run)[1] == steps[-1]
