@@ -40,12 +40,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 import envs
 from envs import EnvBase, Message, UserError
 
-disable_progress_bar()  # a bar for each saved file tells nothing
+transformers.utils.logging.disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
 HEAD_LOGITS = 2**25  # logits that exist at a time, 128 MB in float32: 220 positions of Qwen2.5's 151,936 tokens
@@ -74,9 +73,13 @@ def run(main: Callable[[Any], None], args: Any) -> None:
     """Exit codes: 0 done, 1 a bug (traceback), 2 the user's mistake (one line), 130/143 stopped by a signal."""
     try:
         main(args)
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        disk_full = "No space left on device" in str(error)  # Python's files and safetensors raise different errors
+        if not (disk_full or isinstance(error, UserError)):
+            raise
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # most likely the first process says the same; then the launcher ends this one meanwhile
+        print(f"error: {error}" + disk_full * "; free some, then go on with --resume", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -306,9 +309,7 @@ def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -
     if turns == 0:
         raise UserError("a conversation without an assistant turn has nothing to train")
     if len(literals) != turns + 1 or "" in literals[:-1]:
-        raise UserError(
-            f"the chat template does not write each of the {turns} assistant turns once, each after a header"
-        )
+        raise UserError(f"the chat template does not write each of the {turns} assistant turns once, after a header")
     spans, position = [], 0  # characters [start, end) of each assistant text
     for n, literal in enumerate(literals):
         place = 0 if n == 0 else len(text) - len(literal) if n == turns else text.find(literal, position)
@@ -525,17 +526,26 @@ def backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor, las
 
 
 def optimizer_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float, step: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    max_grad_norm: float,
+    step: int,
+    loss: float,
 ) -> float:
-    """Clips, updates, clears. Returns the gradient norm before clipping.
+    """Clips, updates, clears. Returns the gradient norm before clipping. `loss`: this process's share, for the message.
 
     Raises:
-        FloatingPointError: the norm is NaN or infinite, as it is when the loss is; no weight has changed. Gradients are
+        FloatingPointError: the norm is NaN or infinite, as it is when a loss is; no weight has changed. Gradients are
             the same on every process by now, so every process raises.
     """
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {grad_norm}; stopped before the update")
+        losses = accelerator.gather(torch.tensor([loss], device=accelerator.device)).tolist()
+        bad = [f"the loss is {value} on process {i}" for i, value in enumerate(losses) if not math.isfinite(value)]
+        cause = ", ".join(bad) or "the loss is finite, its gradient is not"
+        raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: {cause}; stopped before the update")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

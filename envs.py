@@ -45,7 +45,7 @@ class EnvBase:
 
 @dataclass
 class MathEnv(EnvBase):
-    r"""1.0 for the right answer in the last `\boxed{}`, 0.1 for a wrong one in it, 0.0 without a box or an empty one."""
+    r"""1.0 for the right answer in the last `\boxed{}`, 0.1 for a wrong one in it, 0.0 for no box or an empty one."""
 
     target: str | None = None  # a worked answer; None: the boxed answer alone
 

@@ -126,7 +126,8 @@ def main(args: Args, dataset: Any = None) -> None:
     # Sample and score
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
     console.print(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M parameters")
-    console.print(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
+    size = accelerator.num_processes
+    console.print(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason}), {size} process(es)")
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
     started = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -152,7 +153,7 @@ def main(args: Args, dataset: Any = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "results.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    about = vars(args) | {"problems": len(dataset), "git_revision": common.git_revision()}
+    about = vars(args) | {"problems": len(dataset), "num_processes": size, "git_revision": common.git_revision()}
     (folder / "metrics.json").write_text(json.dumps(about | metrics, indent=2) + "\n")
     table = Table("metric", "value", title=f"{args.model} on {args.dataset}")
     for metric, value in metrics.items():

@@ -319,7 +319,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                 sums.update(metrics_of_batch)
                 sums["policy/logprob_gap"] += (engine_logprobs[n] - old_logprobs[n]).abs().sum()
                 total_loss += loss.item()
-            grad_norm += common.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step)
+            grad_norm += common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
         step_seconds = time.perf_counter() - started
 
         # 5. log

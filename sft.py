@@ -227,7 +227,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             common.backward(accelerator, policy, loss, last=batch is batches[-1])
             sums.update(metrics_of_batch)
         lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
-        grad_norm = common.optimizer_step(policy, optimizer, lr, args.max_grad_norm, step)
+        total_loss = float(sums["loss/total"])
+        grad_norm = common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
 
         # 3. log
         metrics: dict[str, float] = {}

@@ -100,7 +100,7 @@ def test_a_mistake_of_the_user_is_told_once(tmp_path):
     _, err = done.communicate(timeout=120)
     assert done.returncode != 0
     assert err.count("error: --group-size is 1") == 1
-    assert "Traceback" not in err
+    assert 'grpo.py", line' not in err  # torchrun adds a traceback of its own, the script none
 
 
 POISON = f"""
