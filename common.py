@@ -64,9 +64,9 @@ def on_signal(signum: int, _frame: Any) -> None:
     print(f"\n{name}: finishing this step, then saving; once more stops at once", file=sys.stderr)
 
 
-def stop_signal(accelerator: Accelerator) -> int:
+def stop_signal() -> int:
     """The signal that reached any of the processes; 0: none. All of them stop after the same step, once it is saved."""
-    return int(accelerator.gather(torch.tensor([received_signal], device=accelerator.device)).max())
+    return max(gather_object([received_signal]))
 
 
 def run(main: Callable[[Any], None], args: Any) -> None:
@@ -450,10 +450,7 @@ class Batch:
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in groups of like length, longest first, each of at most `max_tokens` tokens after padding.
-
-    A sequence longer than `max_tokens` gets a group of its own.
-    """
+    """Indices in groups of like length, longest first, of at most `max_tokens` tokens padded; a longer one is alone."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
@@ -690,14 +687,17 @@ class Evaluator:
         require_rewards(self.dataset)
         state, longest = PartialState(), self.engine.context_length - self.max_new_tokens
         self.problems = range(state.process_index, len(self.dataset), state.num_processes)
+        self.most_jobs = math.ceil(len(self.dataset) / state.num_processes) * self.num_completions  # of any process
         self.prompts = encode_prompts(self.tokenizer, self.dataset, self.problems, longest, self.template_args)
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics, and one record a completion in the order of the dataset, both the same on every process."""
+        """Metrics, and one record a completion in the order of the dataset; both empty when a signal came meanwhile."""
         jobs = [(i, k) for i in self.problems for k in range(self.num_completions)]
         records = []
         bar = self.progress.add_task("evaluating", total=len(jobs))
-        for at in range(0, len(jobs), 128):  # in parts, so that the bar moves
+        for at in range(0, self.most_jobs, 128):  # in parts, so that the bar moves and a signal is seen
+            if stop_signal():
+                return {}, []
             part = jobs[at : at + 128]
             completions = self.engine.generate(
                 [self.prompts[i] for i, _ in part],

@@ -245,7 +245,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= evaluate()
         # --- same in sft.py, grpo.py ---
         run.log(step, metrics)
-        stop = common.stop_signal(accelerator)
+        stop = common.stop_signal()
         if stop or step == args.num_steps or step % args.saving_steps == 0:
             common.save_checkpoint(run, step, model, tokenizer, optimizer)
         if stop and step < args.num_steps:

@@ -424,3 +424,18 @@ def test_a_reward_that_is_no_number_stops_with_the_completion(tokenizer):
 
     with pytest.raises(ValueError, match=r"Broken.*'hello'"):
         common.score(Broken([]), "hello")
+
+
+def test_a_signal_ends_an_evaluation_between_its_parts(engine, tokenizer, monkeypatch):
+    scored = []
+
+    class Interrupting(common.EnvBase):
+        def get_reward(self, completion):
+            scored.append(completion)
+            common.received_signal = 15
+            return 1.0
+
+    monkeypatch.setattr(common, "received_signal", 0)
+    dataset = [Interrupting(chat("1 + 1?")) for _ in range(300)]
+    assert common.Evaluator(engine, tokenizer, dataset, 8).evaluate() == ({}, [])
+    assert len(scored) == 128
