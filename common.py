@@ -512,14 +512,14 @@ def scheduled_lr(step: int, learning_rate: float, warmup_steps: int, num_steps: 
     return learning_rate * {"constant": 1.0, "linear": 1 - progress, "cosine": half_cosine}[schedule]
 
 
-def backward(accelerator: Accelerator, model: nn.Module, loss: torch.Tensor, last: bool) -> None:
-    """Adds the gradient of one pass; the step's last pass synchronises the processes.
+def sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
+    """Context of a forward and backward pass (both: the forward decides): only a step's last synchronises processes."""
+    return nullcontext() if last else accelerator.no_sync(model)
 
-    DistributedDataParallel averages over processes, but the loss is divided by the total over all of them already:
-    times `num_processes`, here and nowhere else.
-    """
-    with nullcontext() if last else accelerator.no_sync(model):
-        accelerator.backward(loss * accelerator.num_processes)
+
+def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+    """DistributedDataParallel averages over processes, but the loss is divided by the total over all of them."""
+    accelerator.backward(loss * accelerator.num_processes)  # here and nowhere else
 
 
 def optimizer_step(

@@ -170,7 +170,7 @@ def grpo_loss(
     """
     assert logprobs.shape == old_logprobs.shape == loss_mask.shape
     assert advantages.shape == logprobs.shape[:1]
-    mask = loss_mask.bool()
+    mask, advantages = loss_mask.bool(), advantages.to(logprobs.dtype)
     ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()  # (B, T)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
     policy_loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
@@ -288,7 +288,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         denominator = {"dapo": trained_tokens, "grpo": total_size, "dr_grpo": constant}[args.loss_type]
         lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens, computed)
-        batch_advantages = [batch.take(advantages.flatten().float().to(accelerator.device)) for batch in batches]
+        batch_advantages = [batch.take(advantages.flatten().to(accelerator.device)) for batch in batches]
         engine_logprobs = [batch.place([c.logprobs for c in completions]) for batch in batches]
         old_logprobs: list[torch.Tensor] = []
         ref_logprobs: list[torch.Tensor] = []
@@ -296,26 +296,27 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         total_loss, grad_norm = 0.0, 0.0
         for ppo_step in range(args.ppo_steps if batches else 0):
             for n, batch in enumerate(batches):
-                inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask, args.temperature)
-                logprobs, _ = common.token_logprobs(policy, *inputs)  # (B, T)
-                if ppo_step == 0:
-                    old_logprobs.append(logprobs.detach())
-                    if reference is not None:
-                        with torch.no_grad():
-                            ref_logprobs.append(common.token_logprobs(reference, *inputs)[0])
-                loss, metrics_of_batch = grpo_loss(
-                    logprobs,
-                    old_logprobs[n],
-                    batch_advantages[n],
-                    batch.loss_mask,
-                    denominator=denominator,
-                    clip_eps=args.clip_eps,
-                    clip_eps_high=args.clip_eps_high,
-                    loss_type=args.loss_type,
-                    ref_logprobs=ref_logprobs[n] if ref_logprobs else None,
-                    kl_penalty=args.kl_penalty,
-                )
-                common.backward(accelerator, policy, loss, last=batch is batches[-1])
+                with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
+                    inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask, args.temperature)
+                    logprobs, _ = common.token_logprobs(policy, *inputs)  # (B, T)
+                    if ppo_step == 0:
+                        old_logprobs.append(logprobs.detach())
+                        if reference is not None:
+                            with torch.no_grad():
+                                ref_logprobs.append(common.token_logprobs(reference, *inputs)[0])
+                    loss, metrics_of_batch = grpo_loss(
+                        logprobs,
+                        old_logprobs[n],
+                        batch_advantages[n],
+                        batch.loss_mask,
+                        denominator=denominator,
+                        clip_eps=args.clip_eps,
+                        clip_eps_high=args.clip_eps_high,
+                        loss_type=args.loss_type,
+                        ref_logprobs=ref_logprobs[n] if ref_logprobs else None,
+                        kl_penalty=args.kl_penalty,
+                    )
+                    common.backward(accelerator, loss)
                 sums.update(metrics_of_batch)
                 sums["policy/logprob_gap"] += (engine_logprobs[n] - old_logprobs[n]).abs().sum()
                 total_loss += loss.item()

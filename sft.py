@@ -222,9 +222,10 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         sums: Any = Counter()
         batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens)
         for batch in batches:
-            logprobs, _ = common.token_logprobs(policy, batch.input_ids, batch.attention_mask, batch.loss_mask)
-            loss, metrics_of_batch = sft_loss(logprobs, batch.loss_mask, tokens)
-            common.backward(accelerator, policy, loss, last=batch is batches[-1])
+            with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
+                logprobs, _ = common.token_logprobs(policy, batch.input_ids, batch.attention_mask, batch.loss_mask)
+                loss, metrics_of_batch = sft_loss(logprobs, batch.loss_mask, tokens)
+                common.backward(accelerator, loss)
             sums.update(metrics_of_batch)
         lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         total_loss = float(sums["loss/total"])

@@ -7,7 +7,7 @@ A case is a JSON object: `name`, `script`, `flags`, and what differs from a plai
     frozen: completions are a function of their seed         no_skip: groups of equal rewards are computed as well
     head_logits: logits that exist at a time                 flat: positions of step 1 whose prompts have equal rewards
 Each process writes OUT/<name>-<rank>.safetensors: the gradient of each parameter at each step, `<step>.<n>`, in the
-optimizer's order, and each completion, `completion.<seed>`.
+optimizer's order; each completion, `completion.<seed>`; how often gradients were reduced over processes, `reductions`.
 """
 
 import json
@@ -22,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
+from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 import grpo
@@ -68,9 +71,9 @@ def pad_left(batch: common.Batch) -> common.Batch:
 
 def capture(case: dict, out: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    steps = 0
+    steps, reductions = 0, 0
     load_model, generate, micro_batches = common.load_model, common.HFEngine.generate, common.micro_batches
-    adamw_step = torch.optim.AdamW.step
+    adamw_step, prepare = torch.optim.AdamW.step, Accelerator.prepare
 
     def load_and_cast(*args, **kwargs):
         model = load_model(*args, **kwargs)
@@ -95,6 +98,17 @@ def capture(case: dict, out: Path) -> None:
         tensors.update({f"{steps}.{i}": grad.clone() for i, grad in enumerate(grads)})
         return adamw_step(self, *args, **kwargs)
 
+    def reduce_and_count(_state, bucket):
+        nonlocal reductions
+        reductions += 1
+        return allreduce_hook(torch.distributed.group.WORLD, bucket)
+
+    def prepare_and_hook(self, model):
+        prepared = prepare(self, model)
+        if isinstance(prepared, DistributedDataParallel):
+            prepared.register_comm_hook(None, reduce_and_count)
+        return prepared
+
     script = SCRIPTS[case["script"]]
     args = tyro.cli(script.Args, args=[*case["flags"], "--output-dir", str(out / case["name"]), "--eval-steps", "0"])
     with (
@@ -103,8 +117,10 @@ def capture(case: dict, out: Path) -> None:
         mock.patch.object(common, "micro_batches", cut),
         mock.patch.object(common, "HEAD_LOGITS", case.get("head_logits", common.HEAD_LOGITS)),
         mock.patch.object(torch.optim.AdamW, "step", record_and_step),
+        mock.patch.object(Accelerator, "prepare", prepare_and_hook),
     ):
         script.main(args, puzzles(case.get("flat", [])))
+    tensors["reductions"] = torch.tensor(reductions)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     save_file(tensors, out / f"{case['name']}-{rank}.safetensors")
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ["test_grpo.py", "test_sft.py", "test_common.py", "test_scripts.py", "test_invariance.py"]
+SUITES = [f"test_{room}.py" for room in ("grpo", "sft", "common", "scripts", "reference", "invariance", "processes")]
 
 BUGS = {  # name -> file, what stands there once, what is planted
     "denominator of this process alone": (

@@ -106,6 +106,14 @@ def test_two_processes_equal_one_with_twice_the_batch(runs, objective):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
+def test_processes_talk_in_the_last_micro_batch_only(runs, objective):
+    """One reduction of the whole gradient, although each process has several micro-batches."""
+    counts = [load_file(runs[1] / f"{objective}-{rank}.safetensors")["reductions"].item() for rank in (0, 1)]
+    assert counts == [1, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_float32_agrees_to_its_precision(runs, objective):
     one, other = (result(runs[0], f"{objective} in float32 {tokens}")[0] for tokens in ("1", WHOLE))
     assert distance(one, other) < 1e-4
