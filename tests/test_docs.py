@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 
+import plant_bugs
 import pytest
 from conftest import ROOT
 
@@ -150,6 +151,12 @@ def test_file_tree_in_readme_is_the_tree():
     text = (ROOT / "README.md").read_text()
     for name in (*CEILINGS, "models/", "training_guide/", "tests/"):
         assert re.search(rf"^{re.escape(name)} ", text, re.MULTILINE), f"README's tree lacks {name}"
+
+
+def test_planted_bugs_have_their_place():
+    for name, (file, old, new) in (plant_bugs.BUGS | plant_bugs.HARMLESS).items():
+        assert (ROOT / file).read_text().count(old) == 1, name
+        assert old != new
 
 
 def test_public_functions_say_what_they_do():
