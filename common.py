@@ -40,11 +40,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 import envs
 from envs import EnvBase, Message, UserError
 
-transformers.utils.logging.disable_progress_bar()  # a bar for each saved file tells nothing
+disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
 HEAD_LOGITS = 2**25  # logits that exist at a time, 128 MB in float32: 220 positions of Qwen2.5's 151,936 tokens
@@ -907,8 +908,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 # ---- Checkpoints: published whole or not at all ----------------------------------------------------------------------
 def fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
+    os.fsync(descriptor := os.open(path, os.O_RDONLY))
     os.close(descriptor)
 
 
