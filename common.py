@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -61,8 +62,7 @@ def on_signal(signum: int, _frame: Any) -> None:
     global received_signal
     received_signal = signum
     signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    name = signal.Signals(signum).name
-    print(f"\n{name}: finishing this step, then saving; once more stops at once", file=sys.stderr)
+    print(f"\n{signal.Signals(signum).name}: finishing this step, then saving; again stops at once", file=sys.stderr)
 
 
 def stop_signal() -> int:
@@ -86,6 +86,7 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         sys.exit(128 + signal.SIGINT)
     finally:
         if torch.distributed.is_initialized():
+            traceback.clear_frames(sys.exc_info()[2])  # else the model outlives the group, and gloo can hang at exit
             torch.distributed.destroy_process_group()
 
 
@@ -902,8 +903,7 @@ def peak_memory_gb(device: torch.device) -> float:
     """Most memory so far, in 1e9 bytes: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ---- Checkpoints: published whole or not at all ----------------------------------------------------------------------
