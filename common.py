@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -35,7 +36,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -52,9 +52,9 @@ BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under m
 HEAD_LOGITS = 2**25  # logits that exist at a time, 128 MB in float32: 220 positions of Qwen2.5's 151,936 tokens
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
 KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
-
 received_signal = 0  # 0: none
 
 
@@ -62,7 +62,7 @@ def on_signal(signum: int, _frame: Any) -> None:
     global received_signal
     received_signal = signum
     signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    print(f"\n{signal.Signals(signum).name}: finishing this step, then saving; again stops at once", file=sys.stderr)
+    print(f"\n{signal.Signals(signum).name}: saving after this step or batch; again stops at once", file=sys.stderr)
 
 
 def stop_signal() -> int:
@@ -175,8 +175,7 @@ def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
 
     A function of its arguments alone: a resumed run goes on where it was without any saved state.
     """
-    positions = range(start, start + count)
-    return [permutation(size, seed, position // size)[position % size] for position in positions]
+    return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
@@ -197,13 +196,10 @@ def pick_attention(attn: str, device: torch.device, dtype: torch.dtype) -> tuple
     """The attention implementation, and why: flash-attn 2 where it can run, else SDPA."""
     if attn != "auto":
         return attn, "asked for"
-    if device.type != "cuda":
-        return "sdpa", "no GPU"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "flash-attn is not installed"
-    if dtype == torch.float32:
-        return "sdpa", "flash-attn has no float32"
-    return "flash_attention_2", "flash-attn is installed"
+    missing = "no GPU" if device.type != "cuda" else "flash-attn has no float32" if dtype == torch.float32 else ""
+    if not missing and importlib.util.find_spec("flash_attn") is None:
+        missing = "flash-attn is not installed"
+    return ("sdpa", missing) if missing else ("flash_attention_2", "flash-attn is installed")
 
 
 @contextmanager
@@ -258,8 +254,8 @@ def load_model(
             loaded = auto.from_config(config, dtype=dtype, attn_implementation=attn)
             loaded.generation_config = GenerationConfig.from_pretrained(path)
         else:
-            options = {"config": config, "dtype": dtype, "attn_implementation": attn, "use_safetensors": True}
-            loaded = auto.from_pretrained(path, **options)
+            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn, "use_safetensors": True}
+            loaded = auto.from_pretrained(path, config=config, **options)
     loaded.source_dtype, loaded.source_generation_config = source_dtype, loaded.generation_config
     loaded.generation_config = GenerationConfig()
     loaded = loaded.to(device).eval()
@@ -269,6 +265,11 @@ def load_model(
         if not torch.allclose(parts, loaded(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
             raise UserError(f"{model} changes its logits after the head (soft-capping or scaling): not supported")
     return loaded
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """Tokens that exist. The rows of a model's head beyond them are padding, and differ between sizes of one family."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
@@ -281,7 +282,6 @@ def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 # ---- Chat templates and masks: which tokens the assistant wrote ------------------------------------------------------
-
 SENTINEL = "\u2983assistant text\u2984"
 
 
@@ -354,10 +354,6 @@ def require_rewards(dataset: Any) -> None:
 
 
 # ---- Log-probs: the head only at trained positions, in chunks, recomputed in backward --------------------------------
-def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
 class ChunkedLM(nn.Module):
     """A causal language model whose forward pass never holds the logits of a whole batch.
 
@@ -366,38 +362,41 @@ class ChunkedLM(nn.Module):
     the caller's `chunk_fn`. All of it is inside `forward`: a wrapper for many processes synchronises nothing else.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, vocab_size: int | None = None):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.vocab_size = model, dtype, vocab_size  # V; None: every row of the head
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """(B, T) each -> the hidden states that predict a trained token, (N, H)."""
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
+        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state  # (B, T, H)
+        # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
+        return hidden[:, :-1][loss_mask[:, 1:].bool()]
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """(N, H) -> logits of the tokens that the tokenizer knows, (N, V), in float32 at least."""
+        with torch.autocast(states.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
         self,
         input_ids: torch.Tensor,  # (B, T)
         attention_mask: torch.Tensor,  # (B, T)
         loss_mask: torch.Tensor,  # (B, T)
-        chunk_fn: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],  # (N, V), (N,) -> each (N,)
-    ) -> tuple[torch.Tensor, ...]:
-        """Each output of `chunk_fn` at its token's place, (B, T), zero where nothing trains."""
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
-        # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
-        trained = loss_mask[:, 1:].bool()
-        with autocast(input_ids.device, self.dtype):
-            hidden = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).last_hidden_state  # (B, T, H)
-            states, targets = hidden[:, :-1][trained], input_ids[:, 1:][trained]  # (N, H), (N,)
-            size = max(HEAD_LOGITS // self.model.get_output_embeddings().weight.shape[0], 1)
-            chunks = [
-                checkpoint(self.head, s, t, chunk_fn, use_reentrant=False, preserve_rng_state=False)
-                for s, t in zip(states.split(size), targets.split(size), strict=True)
-            ]
-        outputs = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # (N,) each
-        placed = [values.new_zeros(trained.shape).masked_scatter(trained, values) for values in outputs]  # (B, T - 1)
-        return tuple(nn.functional.pad(values, (1, 0)) for values in placed)  # (B, T)
-
-    def head(self, states: torch.Tensor, targets: torch.Tensor, chunk_fn: Callable[..., Any]) -> Any:
-        logits = self.model.get_output_embeddings()(states)  # (N, V)
-        return chunk_fn(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        chunk_fn: Callable[..., Any],  # of logits (N, V), targets (N,) and the rest
+        *per_token: torch.Tensor,  # what else chunk_fn needs of each trained token, (N, ...)
+    ) -> list[Any]:
+        """What `chunk_fn` returns of each chunk of trained tokens, in their order."""
+        targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
+        parts = (self.states(input_ids, attention_mask, loss_mask), targets, *per_token)
+        size = max(HEAD_LOGITS // self.model.get_output_embeddings().weight.shape[0], 1)
+        chunks = zip(*(part.split(size) for part in parts), strict=True)
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        return [checkpoint(lambda states, *rest: chunk_fn(self.head(states), *rest), *c, **options) for c in chunks]
 
 
 def logprob_and_entropy(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
@@ -426,9 +425,13 @@ def token_logprobs(
     Returns:
         logprobs, entropy: (B, T) each; column t speaks of token t; 0 where the loss mask is 0; entropy has no gradient.
     """
-    if isinstance(model, PreTrainedModel):
-        model = ChunkedLM(model)
-    return model(input_ids, attention_mask, loss_mask, functools.partial(logprob_and_entropy, temperature=temperature))
+    model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
+    chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature)
+    chunks = model(input_ids, attention_mask, loss_mask, chunk_fn)
+    trained = nn.functional.pad(loss_mask[:, 1:], (1, 0)).bool()  # (B, T); column 0 never trains
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # (N,) each
+    placed = [values.new_zeros(trained.shape).masked_scatter(trained, values) for values in (logprobs, entropy)]
+    return placed[0], placed[1]
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -445,10 +448,9 @@ class Batch:
         """The rows' entries of a tensor with one value a sequence; zero for a dummy."""
         return values[self.rows] if self.rows else values.new_zeros(1)
 
-    def place(self, values: Sequence[list[float]]) -> torch.Tensor:
-        """Values of each row's trained tokens, at their places; zero elsewhere. (B, T)"""
-        flat = torch.tensor([value for row in self.rows for value in values[row]], device=self.loss_mask.device)
-        return torch.zeros_like(self.loss_mask, dtype=flat.dtype).masked_scatter(self.loss_mask.bool(), flat)
+    def take_tokens(self, values: Sequence[list[float]]) -> torch.Tensor:
+        """The trained tokens' entries of a list with one value a trained token of each sequence. (N,)"""
+        return torch.tensor([v for row in self.rows for v in values[row]], device=self.loss_mask.device)
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -562,11 +564,6 @@ class Completion:
     finish_reason: str
 
 
-def completion_text(tokenizer: Any, completion: Completion) -> str:
-    """The completion without its stop token, as environments see it."""
-    return tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-
-
 def completion_seed(seed: int, step: int, index: int) -> int:
     """A 63-bit seed for one completion of the run: the same whatever process or batch it is drawn in."""
     digest = hashlib.blake2b(f"{seed} {step} {index}".encode(), digest_size=8).digest()
@@ -580,13 +577,14 @@ class InverseCDFSampler(transformers.LogitsProcessor):
     score, so its own greedy choice takes it. Only the log-probs of chosen tokens are kept, never (T, B, V) scores.
     """
 
-    def __init__(self, uniforms: torch.Tensor | None, temperature: float):
+    def __init__(self, uniforms: torch.Tensor | None, temperature: float, vocab_size: int | None = None):
         self.uniforms = uniforms  # (B, max_new_tokens) in [0, 1); None: greedy
-        self.temperature = temperature
+        self.temperature, self.vocab_size = temperature, vocab_size
         self.logprobs: list[torch.Tensor] = []  # one (B,) a position
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        logprobs = (scores if self.uniforms is None else scores / self.temperature).log_softmax(-1)  # (B, V)
+        logits = scores[:, : self.vocab_size]  # (B, V)
+        logprobs = (logits if self.uniforms is None else logits / self.temperature).log_softmax(-1)
         if self.uniforms is None:
             tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
         else:
@@ -610,7 +608,7 @@ class HFEngine:
         self.model, self.max_tokens, self.dtype = model, max_tokens, dtype
         self.stop_ids = stop_token_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
-        self.context_length = context_length(model.config)
+        self.context_length, self.vocab_size = context_length(model.config), vocab_size(tokenizer)
 
     def sync(self, model: nn.Module) -> None:
         """Nothing to do: it generates with the trainer's own weights."""
@@ -618,13 +616,21 @@ class HFEngine:
     def generate(
         self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        """One completion of each prompt, drawn with its seed; temperature 0 is greedy."""
+        """One completion of each prompt, drawn with its seed; temperature 0 is greedy.
+
+        Every process has to call it, if with no prompts: between batches they ask each other for a signal. After one,
+        nothing is returned; callers ask `stop_signal`.
+        """
         completions: dict[int, Completion] = {}
-        for rows in group_by_length([len(p) + max_new_tokens for p in prompts], self.max_tokens):
-            batch = self.generate_batch(
-                [prompts[i] for i in rows], [seeds[i] for i in rows], max_new_tokens, temperature
-            )
-            completions |= zip(rows, batch, strict=True)
+        groups = group_by_length([len(p) + max_new_tokens for p in prompts], self.max_tokens)
+        most = max(gather_object([len(groups)]))
+        for rows in groups + [[]] * (most - len(groups)):
+            if stop_signal():
+                return []
+            if rows:
+                chosen, own_seeds = [prompts[i] for i in rows], [seeds[i] for i in rows]
+                batch = self.generate_batch(chosen, own_seeds, max_new_tokens, temperature)
+                completions |= zip(rows, batch, strict=True)
         return [completions[i] for i in range(len(prompts))]
 
     @torch.no_grad()
@@ -632,9 +638,8 @@ class HFEngine:
         self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
         width, device = max(map(len, prompts)), self.model.device
-        ids = torch.tensor(
-            [[self.pad_id] * (width - len(p)) + p for p in prompts], device=device
-        )  # (B, T), left padded
+        rows = [[self.pad_id] * (width - len(p)) + p for p in prompts]
+        ids = torch.tensor(rows, device=device)  # (B, T), padded on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         draws = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
         uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
@@ -645,12 +650,11 @@ class HFEngine:
         self.model.eval()  # with gradient checkpointing, training mode forbids the cache
         for start in range(0, max_new_tokens, SEGMENT):
             segment = uniforms[going, start : start + SEGMENT]
-            sampler = InverseCDFSampler(segment if temperature else None, temperature)
+            sampler = InverseCDFSampler(segment if temperature else None, temperature, self.vocab_size)
             config = GenerationConfig(max_new_tokens=segment.shape[1], return_dict_in_generate=True, **options)
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-            processors = transformers.LogitsProcessorList([sampler])
-            with autocast(device, self.dtype):
-                output = self.model.generate(**inputs, generation_config=config, logits_processor=processors)
+            inputs = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
+            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+                output = self.model.generate(**inputs, generation_config=config, logits_processor=[sampler])
             new = output.sequences[:, ids.shape[1] :]  # (B, up to SEGMENT)
             logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
             for i, tokens, values in zip(going, new.tolist(), logprobs, strict=True):
@@ -664,7 +668,7 @@ class HFEngine:
                 break
             going, ids = [going[n] for n in keep], output.sequences[keep]
             mask = nn.functional.pad(mask[keep], (0, new.shape[1]), value=1)
-            cache = output.past_key_values
+            cache = output[CACHE]
             cache.reorder_cache(torch.tensor(keep, device=device))  # takes these rows
         self.model.train(training)
         return completions
@@ -698,8 +702,6 @@ class Evaluator:
         records = []
         bar = self.progress.add_task("evaluating", total=len(jobs))
         for at in range(0, self.most_jobs, 128):  # in parts, so that the bar moves and a signal is seen
-            if stop_signal():
-                return {}, []
             part = jobs[at : at + 128]
             completions = self.engine.generate(
                 [self.prompts[i] for i, _ in part],
@@ -707,8 +709,10 @@ class Evaluator:
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
             )
+            if stop_signal():
+                return {}, []
             for (i, k), completion in zip(part, completions, strict=True):
-                env, text = self.dataset[i], completion_text(self.tokenizer, completion)
+                env, text = self.dataset[i], self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
                 record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}
                 record |= {"reward": score(env, text), "tokens": len(completion.token_ids)}
                 records.append(record | {"finish_reason": completion.finish_reason})
@@ -729,7 +733,6 @@ def score(env: EnvBase, text: str) -> float:
 
 
 # ---- The run folder and its log --------------------------------------------------------------------------------------
-
 STEP_LINE = {  # metric -> how it reads in the line of a step
     **{"loss/total": "loss {:.4f}", "reward/mean": "reward {:.3f}", "eval/accuracy": "[bold]eval accuracy {:.3f}[/]"},
     **{"eval/ce_loss": "[bold]eval ce {:.4f}[/]", "reward/zero_std_frac": "zero-std {:.0%}"},
@@ -827,19 +830,16 @@ class Run:
             self.with_wandb(lambda: self.wandb.log(metrics, step=step))
 
     def log_completions(self, step: int, records: list[dict[str, Any]], show: bool) -> None:
-        """Completions of one prompt, with rewards and advantages: to completions.jsonl and, if asked, the screen."""
+        """Completions and their numbers: to completions.jsonl and, if asked, the screen, under their prompts."""
         if not self.is_main:
             return
         with open(self.folder / "completions.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step} | record) + "\n" for record in records)
-        rows = [(f"{r['reward']:.2f}", f"{r['advantage']:+.2f}", shorten(r["completion"])) for r in records]
-        if show and self.console.is_terminal:
-            table = Table("reward", "advantage", "completion", title=Text(records[0]["prompt"]))
-            for reward, advantage, text in rows:  # Text: a completion may hold [brackets] that rich takes for markup
-                table.add_row(reward, advantage, Text(text))
-            self.console.print(table)
-        elif show:
-            self.say("\n".join([f"prompt: {records[0]['prompt']}", *("  " + " ".join(row) for row in rows)]))
+        for prompt, group in itertools.groupby(records if show else [], key=lambda record: record["prompt"]):
+            self.say(f"prompt: {shorten(prompt)}")
+            for r in group:
+                numbers = [f"{value:6.2f}" for value in r.values() if isinstance(value, float)]
+                self.say(" ".join([*numbers, f" {shorten(r['completion'])}"]))
 
     def finish(self) -> None:
         """The ending: where the model is, and each evaluation metric before and after."""
@@ -878,10 +878,8 @@ def shorten(text: str, limit: int = 200) -> str:
 def git_revision() -> str | None:
     """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    output = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
+    return output.strip() or None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -968,7 +966,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
 def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer) -> None:
     """`step_<n>`: the float32 weights and the optimizer's state, from which the run goes on bit for bit. Keeps two.
 
-    No random state is kept: each draw is a function of the seed and the step.
+    No random state is kept: each draw is a function of the seed and the step. One that is there already stays.
     """
 
     def write(folder: Path) -> None:
@@ -977,6 +975,8 @@ def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: 
         save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
 
     def publish_and_prune() -> None:
+        if newest_checkpoint(run.folder)[1] == step:
+            return
         publish(run.folder / f"step_{step}", write, {"step": step})
         for old in sorted(run.folder.glob("step_*"), key=step_of)[:-2]:
             shutil.rmtree(old, ignore_errors=True)

@@ -219,14 +219,15 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     model = common.load_model(run.source, accelerator.device, attn)
     reference = None
     if args.kl_penalty > 0:
-        reference = common.ChunkedLM(common.load_model(args.model, accelerator.device, attn, dtype), dtype)
+        reference = common.load_model(args.model, accelerator.device, attn, dtype)
+        reference = common.ChunkedLM(reference, dtype, common.vocab_size(tokenizer))
         reference.requires_grad_(False)
 
     # --- same in sft.py, grpo.py ---
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # it works in training mode only; dropout is 0
-    policy = accelerator.prepare(common.ChunkedLM(model, dtype))
+    policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
     optimizer = common.make_optimizer(policy, args.weight_decay)
     common.restore_optimizer(run, optimizer)
     engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
@@ -262,7 +263,10 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         completions = engine.generate(
             [prompts[i] for i in rows], seeds, max_new_tokens=args.max_new_tokens, temperature=args.temperature
         )
-        texts = [common.completion_text(tokenizer, completion) for completion in completions]
+        if stop := common.stop_signal():  # the completions may be missing: this step will be done by whoever resumes
+            common.save_checkpoint(run, step - 1, model, tokenizer, optimizer)
+            raise SystemExit(128 + stop)
+        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
@@ -289,7 +293,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens, computed)
         batch_advantages = [batch.take(advantages.flatten().to(accelerator.device)) for batch in batches]
-        engine_logprobs = [batch.place([c.logprobs for c in completions]) for batch in batches]
+        engine_logprobs = [batch.take_tokens([c.logprobs for c in completions]) for batch in batches]  # (N,) each
         old_logprobs: list[torch.Tensor] = []
         ref_logprobs: list[torch.Tensor] = []
         sums: Any = Counter()
@@ -318,7 +322,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                     )
                     common.backward(accelerator, loss)
                 sums.update(metrics_of_batch)
-                sums["policy/logprob_gap"] += (engine_logprobs[n] - old_logprobs[n]).abs().sum()
+                trainer_logprobs = old_logprobs[n][batch.loss_mask.bool()]  # (N,)
+                sums["policy/logprob_gap"] += (engine_logprobs[n] - trainer_logprobs).abs().sum()
                 total_loss += loss.item()
             grad_norm += common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
         step_seconds = time.perf_counter() - started

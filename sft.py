@@ -181,7 +181,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # it works in training mode only; dropout is 0
-    policy = accelerator.prepare(common.ChunkedLM(model, dtype))
+    policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
     optimizer = common.make_optimizer(policy, args.weight_decay)
     common.restore_optimizer(run, optimizer)
     engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)

@@ -28,7 +28,7 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "tokens = float(sum(sum(loss_mask) for _, loss_mask in sequences))",
     ),
     "mean of each sequence for dapo": ("grpo.py", 'if loss_type == "grpo":', 'if loss_type != "dr_grpo":'),
-    "log-probs shifted by one": ("common.py", "hidden[:, :-1][trained]", "hidden[:, 1:][trained]"),
+    "log-probs shifted by one": ("common.py", "return hidden[:, :-1][", "return hidden[:, 1:]["),
     "temperature missing from the loss": (
         "common.py",
         "    logits = logits / temperature\n    normalizer",
@@ -48,13 +48,13 @@ BUGS = {  # name -> file, what stands there once, what is planted
     "prompt in the loss": ("grpo.py", "[0] * len(prompts[i])", "[1] * len(prompts[i])"),
     "token at a chunk's edge counted twice": (
         "common.py",
-        "[torch.cat(parts) for parts",
-        "[torch.cat([torch.cat([p[:-1], 2 * p[-1:]]) for p in parts]) for parts",
+        "(torch.cat(parts) for parts",
+        "(torch.cat([torch.cat([p[:-1], 2 * p[-1:]]) for p in parts]) for parts",
     ),
     "log-probs of the engine as the old ones": (
         "grpo.py",
         "old_logprobs.append(logprobs.detach())",
-        "old_logprobs.append(engine_logprobs[n])",
+        "old_logprobs.append(logprobs.detach().masked_scatter(batch.loss_mask.bool(), engine_logprobs[n].double()))",
     ),
     "old log-probs of every update": (
         "grpo.py",

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -118,6 +119,33 @@ def test_a_prune_that_fails_is_not_fatal(tmp_path, save, monkeypatch):
     monkeypatch.setattr(os, "unlink", refused)
     save(3)
     assert common.newest_checkpoint(tmp_path)[1] == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 30 MB: two checkpoints of `tiny` fit, a third does not."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting is refused here: the next test's writer stands in")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full_and_then_has_room_again(small_disk):
+    flags = [*FAST[:2], "--batch-size", 2, "--max-new-tokens", 24, "--num-steps", 5, "--saving-steps", 1]
+    flags += ["--output-dir", small_disk / "run"]
+    done = run_script("grpo.py", *flags)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "No space left on device" in done.stderr
+    assert common.newest_checkpoint(small_disk / "run")[1] == 2
+    subprocess.run(["mount", "-o", "remount,size=90m", str(small_disk)], check=True)
+    done = run_script("grpo.py", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert common.newest_checkpoint(small_disk / "run")[1] == 5
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import FAST, ROOT, read_metrics
+from conftest import FAST, ROOT, read_metrics, run_script
 from safetensors.torch import load_file
 from test_invariance import GRPO, launch
 
@@ -18,16 +18,29 @@ import common
 pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 
 
-def start_two(script, *flags):
+def start_two(script, *flags, launcher=TORCHRUN):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(script), *map(str, flags)]
+    command = [*launcher, str(script), *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def world_size(folder):
     return json.loads((folder / "args.json").read_text())["num_processes"]
+
+
+@pytest.mark.parametrize("script", ["sft.py", "grpo.py"])
+def test_accelerate_launch_starts_two(tmp_path, script):
+    """By Accelerate's own launcher; without a GPU --multi_gpu starts gloo processes on the CPU."""
+    flags = [*FAST[2:6], "--eval-samples", 4, "--max-new-tokens", 24, "--logging-steps", 1, "--saving-steps", 1]
+    done = start_two(ROOT / script, *flags, "--output-dir", tmp_path / "run", launcher=ACCELERATE)
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err
+    assert world_size(tmp_path / "run") == 2
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2]
+    assert common.newest_checkpoint(tmp_path / "run")[1] == 2
 
 
 def test_completions_of_two_processes_are_those_of_one_with_twice_the_batch(tmp_path):
@@ -156,3 +169,93 @@ def test_a_signal_to_one_process_stops_all_after_the_step_is_saved(tmp_path, ran
     steps = [line["step"] for line in read_metrics(run)]
     assert len(steps) < 500
     assert common.newest_checkpoint(run)[1] == steps[-1]
+
+
+SIGNAL_ITSELF = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, grpo, tyro
+when, out = int(sys.argv.pop(1)), sys.argv.pop(1)
+rank = int(os.environ.get("RANK", 1))  # a single process is the one that is meant
+generate_batch, calls = common.HFEngine.generate_batch, 0
+
+def counted(self, *args):
+    global calls
+    calls += 1
+    with open(f"{{out}}-{{rank}}", "a") as file:
+        file.write("x")
+    if rank == 1 and calls == when:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return generate_batch(self, *args)
+
+common.HFEngine.generate_batch = counted
+common.run(grpo.main, tyro.cli(grpo.Args))
+"""
+# One completion a generation batch: 8 batches a rollout, 4 an evaluation of 8 problems shared by two processes.
+ONE_BY_ONE = ["--batch-size", 2, "--group-size", 4, "--max-new-tokens", 24, "--micro-batch-tokens", 1, "--num-steps", 4]
+ONE_BY_ONE += ["--saving-steps", 100, "--eval-samples", 8, "--eval-steps"]
+
+
+@pytest.mark.parametrize(
+    ("place", "eval_steps", "batch", "logged"),
+    [("rollout", 0, 8 + 8 + 3, [1, 2]), ("evaluation", 2, 4 + 16 + 2, [0, 1, 2])],
+)
+def test_a_signal_to_one_stops_all_between_two_batches_of_completions(tmp_path, place, eval_steps, batch, logged):
+    """It comes in the rollout of step 3, or in the evaluation after step 2: either way step 2 is saved, and no more."""
+    (tmp_path / "itself.py").write_text(SIGNAL_ITSELF)
+    flags = [*ONE_BY_ONE, eval_steps, "--output-dir", tmp_path / "run"]
+    done = start_two(tmp_path / "itself.py", batch, tmp_path / "calls", *flags)
+    _, err = done.communicate(timeout=120)
+    assert re.search(r"exitcode *: 143", err), err  # as the launcher reports it
+    assert world_size(tmp_path / "run") == 2
+    assert [len((tmp_path / f"calls-{rank}").read_text()) for rank in (0, 1)] == [batch, batch]
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == logged
+    assert "eval/accuracy" not in lines[-1]
+    assert common.newest_checkpoint(tmp_path / "run")[1] == 2
+
+
+def test_a_run_stopped_in_a_rollout_goes_on_bit_for_bit(tmp_path):
+    (tmp_path / "itself.py").write_text(SIGNAL_ITSELF)
+    for name, batch in (("straight", 10**6), ("stopped", 8 + 3)):
+        flags = [batch, tmp_path / name, *ONE_BY_ONE, 0, "--output-dir", tmp_path / f"run-{name}"]
+        done = run_script(str(tmp_path / "itself.py"), *flags)
+        assert done.returncode == {"straight": 0, "stopped": 143}[name], done.stderr
+        assert "Traceback" not in done.stderr
+    assert common.newest_checkpoint(tmp_path / "run-stopped")[1] == 1
+    done = run_script("grpo.py", *ONE_BY_ONE, 0, "--output-dir", tmp_path / "run-stopped", "--resume")
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / f"run-{name}" / "final" / "model.safetensors") for name in ("straight", "stopped"))
+    assert all((one[name] == two[name]).all() for name in one)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_second_signal_stops_at_once(tmp_path, signum, code):
+    """In the middle of a step that would take for ever. (A shell reports a process ended by SIGTERM as 143.)"""
+    (tmp_path / "slow.py").write_text("""
+import pathlib, time
+from envs import EnvBase
+
+class Slow(EnvBase):
+    def get_reward(self, completion):
+        pathlib.Path(__file__).with_name("judging").touch()
+        time.sleep(600)
+        return float(len(completion) % 2)
+
+def make():
+    return [Slow([{"role": "user", "content": f"What is {a} + 1?"}], answer=1) for a in range(4)]
+""")
+    flags = [*FAST, "--dataset", f"{tmp_path / 'slow.py'}:make", "--output-dir", str(tmp_path / "run")]
+    command = [sys.executable, str(ROOT / "grpo.py"), *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "judging").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signum)
+    assert "again stops at once" in process.stderr.readline() + process.stderr.readline()
+    time.sleep(0.3)
+    assert process.poll() is None  # the first one waits for the step
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert "Traceback" not in err
