@@ -734,12 +734,12 @@ def score(env: EnvBase, text: str) -> float:
 
 # ---- The run folder and its log --------------------------------------------------------------------------------------
 STEP_LINE = {  # metric -> how it reads in the line of a step
-    **{"loss/total": "loss {:.4f}", "reward/mean": "reward {:.3f}", "eval/accuracy": "[bold]eval accuracy {:.3f}[/]"},
-    **{"eval/ce_loss": "[bold]eval ce {:.4f}[/]", "reward/zero_std_frac": "zero-std {:.0%}"},
-    **{"completion/length_mean": "len {:.0f}", "completion/truncated_frac": "trunc {:.0%}"},
-    **{"policy/entropy": "entropy {:.3f}", "loss/kl": "kl {:.4f}", "optim/lr": "lr {:.1e}"},
-    **{"optim/grad_norm": "grad {:.2f}", "time/rollout": "rollout {:.1f}s", "time/train": "train {:.1f}s"},
-    **{"perf/tokens_per_second": "{:,.0f} tok/s", "perf/peak_memory_gb": "{:.1f} GB"},
+    **{"loss/total": "loss {:.4f}", "loss/reverse_kl": "reverse kl {:.4f}", "reward/mean": "reward {:.3f}"},
+    **{"eval/accuracy": "[bold]eval accuracy {:.3f}[/]", "eval/ce_loss": "[bold]eval ce {:.4f}[/]"},
+    **{"reward/zero_std_frac": "zero-std {:.0%}", "completion/length_mean": "len {:.0f}"},
+    **{"completion/truncated_frac": "trunc {:.0%}", "policy/entropy": "entropy {:.3f}", "loss/kl": "kl {:.4f}"},
+    **{"optim/lr": "lr {:.1e}", "optim/grad_norm": "grad {:.2f}", "time/rollout": "rollout {:.1f}s"},
+    **{"time/train": "train {:.1f}s", "perf/tokens_per_second": "{:,.0f} tok/s", "perf/peak_memory_gb": "{:.1f} GB"},
 }
 FREE_TO_CHANGE = ("num_steps", "saving_steps", "logging_steps", "eval_steps", "resume", "output_dir")  # on resume
 

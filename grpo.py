@@ -200,7 +200,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     default_learning_rate = 3e-4 if args.model in common.BUNDLED else 1e-6
     learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
 
-    # --- same in sft.py, grpo.py ---
+    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
     accelerator = common.start(args)
     train_dataset, eval_dataset = common.load_datasets(args, train_dataset, eval_dataset)
     run = common.Run(args, __file__, accelerator, learning_rate)
@@ -223,7 +223,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         reference = common.ChunkedLM(reference, dtype, common.vocab_size(tokenizer))
         reference.requires_grad_(False)
 
-    # --- same in sft.py, grpo.py ---
+    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # it works in training mode only; dropout is 0
@@ -362,7 +362,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         # 6. evaluate and save
         if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
             metrics |= evaluator.evaluate()[0]
-        # --- same in sft.py, grpo.py ---
+        # --- same in sft.py, grpo.py, onpolicy_distill.py ---
         run.log(step, metrics)
         stop = common.stop_signal()
         if stop or step == args.num_steps or step % args.saving_steps == 0:

@@ -156,7 +156,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     default_learning_rate = 1e-3 if args.model in common.BUNDLED else 1e-5
     learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
 
-    # --- same in sft.py, grpo.py ---
+    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
     accelerator = common.start(args)
     train_dataset, eval_dataset = common.load_datasets(args, train_dataset, eval_dataset)
     run = common.Run(args, __file__, accelerator, learning_rate)
@@ -177,7 +177,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     from_scratch = args.from_scratch and run.checkpoint is None
     model = common.load_model(run.source, accelerator.device, attn, from_scratch=from_scratch)
 
-    # --- same in sft.py, grpo.py ---
+    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # it works in training mode only; dropout is 0
@@ -244,7 +244,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         # 4. evaluate and save
         if eval_conversations and (step == args.num_steps or step % args.eval_steps == 0):
             metrics |= evaluate()
-        # --- same in sft.py, grpo.py ---
+        # --- same in sft.py, grpo.py, onpolicy_distill.py ---
         run.log(step, metrics)
         stop = common.stop_signal()
         if stop or step == args.num_steps or step % args.saving_steps == 0:
