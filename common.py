@@ -395,7 +395,7 @@ class ChunkedLM(nn.Module):
         parts = (self.states(input_ids, attention_mask, loss_mask), targets, *per_token)
         size = max(HEAD_LOGITS // self.model.get_output_embeddings().weight.shape[0], 1)
         chunks = zip(*(part.split(size) for part in parts), strict=True)
-        options = {"use_reentrant": False, "preserve_rng_state": False}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         return [checkpoint(lambda states, *rest: chunk_fn(self.head(states), *rest), *c, **options) for c in chunks]
 
 

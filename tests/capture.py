@@ -29,10 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import common
 import grpo
+import onpolicy_distill
 import sft
 from envs import EnvBase
 
-SCRIPTS = {"grpo": grpo, "sft": sft}
+SCRIPTS = {"grpo": grpo, "onpolicy_distill": onpolicy_distill, "sft": sft}
 
 
 @dataclass

@@ -14,7 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = [f"test_{room}.py" for room in ("grpo", "sft", "common", "reference", "invariance", "scripts", "processes")]
+SUITES = [
+    f"test_{room}.py"
+    for room in (*("grpo", "sft", "onpolicy_distill", "common", "reference", "invariance", "scripts", "processes"),)
+]
 
 BUGS = {  # name -> file, what stands there once, what is planted
     "denominator of this process alone": (
@@ -90,6 +93,51 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "+ accelerator.process_index) * args.batch_size",
         ") * args.batch_size",
     ),
+}
+BUGS |= {  # of distillation
+    "forward KL": (
+        "onpolicy_distill.py",
+        "(student.exp() * (student - teacher))",
+        "(teacher.exp() * (teacher - student))",
+    ),
+    "log-ratio differentiated": (
+        "onpolicy_distill.py",
+        "mask, -ratio * advantages, 0",
+        "mask, logprobs - teacher_logprobs, 0",
+    ),
+    "sign of the sampled log-ratio": (
+        "onpolicy_distill.py",
+        "(teacher_logprobs - logprobs).detach()",
+        "(logprobs - teacher_logprobs).detach()",
+    ),
+    "teacher without the temperature": (
+        "onpolicy_distill.py",
+        "teacher.head(teacher_states) / temperature",
+        "teacher.head(teacher_states)",
+    ),
+    "sampled: teacher without the temperature": (
+        "onpolicy_distill.py",
+        "common.token_logprobs(teacher, *inputs, args.temperature)",
+        "common.token_logprobs(teacher, *inputs)",
+    ),
+    "distillation: denominator of this process alone": (
+        "onpolicy_distill.py",
+        "common.global_sum(accelerator, sum(len(c.token_ids) for c in completions))",
+        "float(sum(len(c.token_ids) for c in completions))",
+    ),
+    "distillation: prompt in the loss": ("onpolicy_distill.py", "[0] * len(prompts[i])", "[1] * len(prompts[i])"),
+    "distillation: metrics of the last micro-batch": (
+        "onpolicy_distill.py",
+        "            inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)\n",
+        "            inputs, sums = (batch.input_ids, batch.attention_mask, batch.loss_mask), Counter()\n",
+    ),
+    "distillation: masked positions in the value": (
+        "onpolicy_distill.py",
+        "(student - teacher)).sum(-1), 0).sum()",
+        "(student - teacher)).sum(-1), 1e-3).sum()",
+    ),
+    "padded vocabulary rows in the loss": ("common.py", "(states)[:, : self.vocab_size]", "(states)"),
+    "padded vocabulary rows in the sampler": ("common.py", "scores[:, : self.vocab_size]", "scores"),
 }
 HARMLESS = {
     "maximum for minus minimum": (

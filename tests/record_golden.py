@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_invariance import launch
 
-METRICS = ("loss/total", "optim/grad_norm", "reward/mean")
+METRICS = ("loss/total", "loss/reverse_kl", "optim/grad_norm", "reward/mean")
 FLAGS = ["--num-steps", "10", "--logging-steps", "1", "--saving-steps", "100", "--learning-rate", "1e-4"]
 CASES = {
     "grpo": [
@@ -33,6 +33,7 @@ CASES = {
         "--kl-penalty",
         "0.1",
     ],
+    "onpolicy_distill": ["--batch-size", "8", "--max-new-tokens", "12", "--temperature", "0.7"],
     "sft": ["--batch-size", "8"],
 }
 

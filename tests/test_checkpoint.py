@@ -89,6 +89,7 @@ SMALL = ["--batch-size", 4, "--saving-steps", 2, "--logging-steps", 1, "--eval-s
 RUNS = {
     "sft.py": [*SMALL, "--num-steps", 30, "--eval-steps", 7],
     "grpo.py": [*SMALL, "--num-steps", 24, "--eval-steps", 5, "--group-size", 4, "--max-new-tokens", 24],
+    "onpolicy_distill.py": [*SMALL, "--num-steps", 24, "--eval-steps", 5, "--max-new-tokens", 24],
 }
 
 
@@ -175,7 +176,7 @@ def test_resume_needs_the_saved_moments(straight, tmp_path):
 @pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path):
     script, straight_folder = straight
-    signum, code = {"sft.py": (signal.SIGTERM, 143), "grpo.py": (signal.SIGINT, 130)}[script]
+    signum, code = (signal.SIGINT, 130) if script == "grpo.py" else (signal.SIGTERM, 143)
     folder, flags = tmp_path / "run", [*RUNS[script], "--output-dir", tmp_path / "run"]
     process = start_script(script, *flags)
     metrics = folder / "metrics.jsonl"

@@ -12,10 +12,13 @@ from conftest import ROOT
 import common
 import evaluate
 import grpo
+import onpolicy_distill
 import sft
 
-SCRIPTS = {"sft": sft, "grpo": grpo, "evaluate": evaluate}
-CEILINGS = {"sft.py": 320, "grpo.py": 460, "evaluate.py": 260, "common.py": 1000, "envs.py": 350}
+SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
+GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
+CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1000}
+CEILINGS |= {"envs.py": 350}
 DOCS = [ROOT / "README.md", *sorted((ROOT / "training_guide").glob("*.md")), ROOT / "models" / "README.md"]
 SOURCES = [ROOT / name for name in CEILINGS]
 
@@ -60,6 +63,7 @@ def test_sections_of_the_loop_are_numbered_alike():
     def sections(name):
         return re.findall(r"^        # (\d\. .+)$", (ROOT / name).read_text(), re.MULTILINE)
 
+    assert sections("grpo.py") == sections("onpolicy_distill.py")
     assert sections("grpo.py") == [
         *("1. rollout", "2. reward", "3. advantages", "4. loss and update", "5. log", "6. evaluate and save")
     ]
@@ -122,23 +126,23 @@ def test_paths_in_documents_exist(doc):
 
 def test_flags_and_defaults_in_guides_are_those_of_the_code():
     """Tables whose rows read: | `--flag` | `default` | words |"""
-    for name in ("sft", "grpo"):
-        text = (ROOT / "training_guide" / f"{name}.md").read_text()
+    for name, guide in GUIDES.items():
+        text = (ROOT / "training_guide" / f"{guide}.md").read_text()
         rows = re.findall(r"^\| `--([a-z-]+)` \| `([^`]*)` \|", text, re.MULTILINE)
         defaults = {f.name: f.default for f in dataclasses.fields(SCRIPTS[name].Args)}
         assert rows
         for flag, shown in rows:
-            assert str(defaults[flag.replace("-", "_")]) == shown, f"{name}.md: --{flag}"
+            assert str(defaults[flag.replace("-", "_")]) == shown, f"{guide}.md: --{flag}"
 
 
 def test_every_metric_is_explained():
-    for name in ("sft", "grpo"):
-        text = (ROOT / "training_guide" / f"{name}.md").read_text()
+    for name, guide in GUIDES.items():
+        text = (ROOT / "training_guide" / f"{guide}.md").read_text()
         source = (ROOT / f"{name}.py").read_text()
-        used = set(re.findall(r'"((?:loss|reward|policy|completion|optim|time|perf|eval)/\w+)"', source))
+        used = set(re.findall(r'"((?:loss|reward|policy|teacher|completion|optim|time|perf|eval)/\w+)"', source))
         used |= {"eval/accuracy", "eval/reward_mean", "eval/reward_std"}
         missing = {metric for metric in used if f"`{metric}`" not in text}
-        assert not missing, f"{name}.md does not explain {missing}"
+        assert not missing, f"{guide}.md does not explain {missing}"
 
 
 def test_readme_test_command_is_the_one_ci_runs():
@@ -160,7 +164,7 @@ def test_planted_bugs_have_their_place():
 
 
 def test_public_functions_say_what_they_do():
-    for module in (sft, grpo, evaluate):
+    for module in SCRIPTS.values():
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ == module.__name__ and name != "main":
                 assert function.__doc__, f"{module.__name__}.{name}"

@@ -20,6 +20,8 @@ OBJECTIVES = {
     for loss in ("dapo", "grpo", "dr_grpo")
     for kl in (0, 1)
 } | {"sft": ("sft", SMALL)}
+DISTILL = [*SMALL, "--max-new-tokens", "12", "--temperature", "0.7"]
+OBJECTIVES |= {f"distill-{loss}": ("onpolicy_distill", [*DISTILL, "--loss", loss]) for loss in ("full", "sampled")}
 WHOLE = "100000"  # --micro-batch-tokens: one micro-batch
 CUTS = {
     "one by one": {"tokens": "1"},
@@ -89,7 +91,7 @@ def test_one_process_cut_in_any_way(runs, objective, cut):
     other_gradients, other_metrics = result(runs[0], f"{objective} {cut}")
     assert distance(gradients, other_gradients) < 1e-9
     if cut == "nothing skipped":  # its loss/* and policy/* cover more tokens
-        metrics, other_metrics = ({"loss/total": m["loss/total"]} for m in (metrics, other_metrics))
+        metrics, other_metrics = ({k: m[k] for k in m if k == "loss/total"} for m in (metrics, other_metrics))
     assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12)
 
 
@@ -130,6 +132,7 @@ def test_the_frozen_step_is_worth_comparing(runs):
     assert 2 < metrics["completion/length_mean"] < 12
     assert result(runs[0], "grpo-dapo-kl")[1]["policy/computed_frac"] == 1
     objectives = [result(runs[0], f"grpo-{loss}")[0] for loss in ("dapo", "grpo", "dr_grpo")]
+    objectives += [result(runs[0], f"distill-{loss}")[0] for loss in ("full", "sampled")]
     assert all(distance(a, b) > 0.01 for a, b in itertools.pairwise(objectives))
     completions = [k for k in load_file(runs[0] / "grpo-dapo-0.safetensors") if k.startswith("completion")]
     halves = [

@@ -31,7 +31,7 @@ def world_size(folder):
     return json.loads((folder / "args.json").read_text())["num_processes"]
 
 
-@pytest.mark.parametrize("script", ["sft.py", "grpo.py"])
+@pytest.mark.parametrize("script", ["sft.py", "grpo.py", "onpolicy_distill.py"])
 def test_accelerate_launch_starts_two(tmp_path, script):
     """By Accelerate's own launcher; without a GPU --multi_gpu starts gloo processes on the CPU."""
     flags = [*FAST[2:6], "--eval-samples", 4, "--max-new-tokens", 24, "--logging-steps", 1, "--saving-steps", 1]

@@ -110,3 +110,28 @@ def test_a_step_of_sft(tmp_path, tokenizer, model):
     loss.backward()
     assert distance(gradients(model), recorded(tmp_path, 1)) < 1e-9
     assert read_metrics(tmp_path / "run")[0]["loss/total"] == pytest.approx(loss.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["full", "sampled"])
+def test_a_step_of_distillation(tmp_path, tokenizer, model, estimator):
+    """Student and teacher at a temperature, in micro-batches, against sums over tokens and vocabulary."""
+    flags = [*SMALL, "--batch-size", 8, "--max-new-tokens", 12, "--temperature", TEMPERATURE, "--loss", estimator]
+    flags = [*map(str, flags), "--micro-batch-tokens", "150"]
+    case = {"name": "run", "script": "onpolicy_distill", "flags": flags, "frozen": True, "float64": True}
+    launch([case], tmp_path, processes=1)
+    teacher = AutoModelForCausalLM.from_pretrained(common.resolve_model("tiny-teacher"), dtype=torch.float64)
+    drawn, terms, value = load_file(tmp_path / "run-0.safetensors"), [], 0.0
+    for b, row in enumerate(common.data_order(16, 1, 0, 8)):
+        prompt = encode_prompt(tokenizer, puzzles([])[row].prompt)
+        ids = drawn[f"completion.{completion_seed(1, 1, b)}"].tolist()
+        whole, last = torch.tensor([prompt + ids]), len(prompt) - 1
+        students = (model(whole).logits[0, last:-1] / TEMPERATURE).log_softmax(-1)
+        with torch.no_grad():
+            teachers = (teacher(whole).logits[0, last:-1] / TEMPERATURE).log_softmax(-1)
+        for token, p, q in zip(ids, students, teachers, strict=True):
+            ratio = (p[token] - q[token]).item()
+            terms.append((p.exp() * (p - q)).sum() if estimator == "full" else ratio * p[token])
+            value += terms[-1].item() if estimator == "full" else ratio
+    (sum(terms) / len(terms)).backward()
+    assert distance(gradients(model), recorded(tmp_path, 1)) < 1e-9
+    assert read_metrics(tmp_path / "run")[0]["loss/reverse_kl"] == pytest.approx(value / len(terms), rel=1e-9)
