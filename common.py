@@ -49,7 +49,7 @@ from envs import EnvBase, Message, UserError
 disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
-HEAD_LOGITS = 2**25  # logits that exist at a time, 128 MB in float32: 220 positions of Qwen2.5's 151,936 tokens
+HEAD_LOGITS = 2**23  # logits that exist at a time, 32 MB in float32: 55 positions of Qwen2.5's 151,936 tokens
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
 KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"

@@ -255,6 +255,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rows = common.data_order(len(train_dataset), args.seed, first, args.batch_size)
         first = accelerator.process_index * args.batch_size
         seeds = [common.completion_seed(args.seed, step, first + b) for b in range(args.batch_size)]
+        # --- same in grpo.py, onpolicy_distill.py ---
         engine.sync(model)
         completions = engine.generate(
             [prompts[i] for i in rows], seeds, max_new_tokens=args.max_new_tokens, temperature=args.temperature
@@ -264,6 +265,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             raise SystemExit(128 + stop)
         texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         rollout_seconds = time.perf_counter() - started
+        # --- end ---
 
         # 2. reward
         rewards = [common.score(train_dataset[i], text) for i, text in zip(rows, texts, strict=True) if rewarded]
@@ -332,8 +334,10 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             run.log_completions(step, records, show=step in (1, args.num_steps) or at_evaluation)
 
         # 6. evaluate and save
+        # --- same in grpo.py, onpolicy_distill.py ---
         if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
             metrics |= evaluator.evaluate()[0]
+        # --- end ---
         # --- same in sft.py, grpo.py, onpolicy_distill.py ---
         run.log(step, metrics)
         stop = common.stop_signal()
