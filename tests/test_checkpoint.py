@@ -157,6 +157,7 @@ def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("straight", ["sft.py", "grpo.py"], indirect=True)  # the code is common to all scripts
 def test_resume_needs_the_saved_moments(straight, tmp_path):
     """The test above can see a lost optimizer state: with the moments zeroed, the weights come out different."""
     script, straight_folder = straight
@@ -174,9 +175,10 @@ def test_resume_needs_the_saved_moments(straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("straight", ["sft.py", "grpo.py"], indirect=True)  # the code is common to all scripts
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path):
     script, straight_folder = straight
-    signum, code = (signal.SIGINT, 130) if script == "grpo.py" else (signal.SIGTERM, 143)
+    signum, code = {"sft.py": (signal.SIGTERM, 143), "grpo.py": (signal.SIGINT, 130)}[script]
     folder, flags = tmp_path / "run", [*RUNS[script], "--output-dir", tmp_path / "run"]
     process = start_script(script, *flags)
     metrics = folder / "metrics.jsonl"
@@ -192,6 +194,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("straight", ["sft.py", "grpo.py"], indirect=True)  # the code is common to all scripts
 def test_resume_refuses_other_flags_and_used_folders(straight):
     script, folder = straight
     flags = [*RUNS[script], "--output-dir", folder]
