@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_script
+from conftest import ROOT, read_metrics, run_main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,7 +114,7 @@ def without_timing(lines):
 def straight(request, tmp_path_factory):
     """A run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    done = run_script(request.param, *RUNS[request.param], "--output-dir", folder)
+    done = run_main(request.param, *RUNS[request.param], "--output-dir", folder)
     assert done.returncode == 0, done.stderr
     return request.param, folder
 
@@ -143,7 +143,7 @@ def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "final").exists()
-    done = run_script(script, *flags)
+    done = run_main(script, *flags)
     assert done.returncode == 0, done.stderr
     resumed_from = json.loads((folder / "args.json").read_text())["resumed_from"]
     assert resumed_from is not None
@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path):
     assert f"step {resumed_from}/" not in done.stdout  # only the missing steps ran
     assert f"step {resumed_from + 1}/" in done.stdout
     assert_same_run(folder, straight_folder)
-    again = run_script(script, *flags)  # nothing left to do
+    again = run_main(script, *flags)  # nothing left to do
     assert again.returncode == 0
     assert "is done" in again.stdout
 
@@ -164,12 +164,12 @@ def test_resume_needs_the_saved_moments(straight, tmp_path):
     folder, flags = tmp_path / "run", [*RUNS[script], "--output-dir", tmp_path / "run"]
     steps = RUNS[script][RUNS[script].index("--num-steps") + 1]
     flags[flags.index("--num-steps") + 1] = steps - 4
-    assert run_script(script, *flags).returncode == 0
+    assert run_main(script, *flags).returncode == 0
     state_file = folder / f"step_{steps - 4}" / "optimizer.safetensors"
     state = load_file(state_file)
     save_file({k: v if k.endswith("step") else torch.zeros_like(v) for k, v in state.items()}, state_file)
     flags[flags.index("--num-steps") + 1] = steps
-    assert run_script(script, *flags, "--resume").returncode == 0
+    assert run_main(script, *flags, "--resume").returncode == 0
     one, two = (load_file(f / "final" / "model.safetensors") for f in (folder, straight_folder))
     assert any(not torch.equal(one[name], two[name]) for name in one)
 
@@ -189,7 +189,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path):
     assert "Traceback" not in errors
     last = read_metrics(folder)[-1]["step"]
     assert common.newest_checkpoint(folder)[1] == last  # saved at the very step it stopped at
-    assert run_script(script, *flags, "--resume").returncode == 0
+    assert run_main(script, *flags, "--resume").returncode == 0
     assert_same_run(folder, straight_folder)
 
 
@@ -198,17 +198,17 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(straight, tmp_path):
 def test_resume_refuses_other_flags_and_used_folders(straight):
     script, folder = straight
     flags = [*RUNS[script], "--output-dir", folder]
-    used = run_script(script, *flags)
+    used = run_main(script, *flags)
     assert (used.returncode, used.stderr.count("\n")) == (2, 1)
     assert "is not empty" in used.stderr
-    other = run_script(script, *flags, "--resume", "--learning-rate", "0.5", "--batch-size", "3")
+    other = run_main(script, *flags, "--resume", "--learning-rate", "0.5", "--batch-size", "3")
     assert other.returncode == 2
     assert "--batch-size 4 -> 3" in other.stderr
     assert "--learning-rate" in other.stderr
-    assert run_script(script, "--resume").returncode == 2
+    assert run_main(script, "--resume").returncode == 2
     longer = [*flags, "--resume", "--enable-wandb", "--saving-steps", 100, "--logging-steps", 2]
     steps = RUNS[script][RUNS[script].index("--num-steps") + 1] + 2
-    done = run_script(script, *longer, "--num-steps", steps)
+    done = run_main(script, *longer, "--num-steps", steps)
     assert done.returncode == 0, done.stderr
     assert read_metrics(folder)[-1]["step"] == steps
     assert Path(folder / f"step_{steps}").exists()

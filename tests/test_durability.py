@@ -1,6 +1,7 @@
 """Whatever instant a save dies at, the newest valid checkpoint loads, and the next save goes through."""
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from conftest import FAST, ROOT, run_script
+from conftest import FAST, ROOT, run_main
 
 import common
 
@@ -137,40 +138,34 @@ def small_disk(tmp_path):
 def test_a_disk_that_is_really_full_and_then_has_room_again(small_disk):
     flags = [*FAST[:2], "--batch-size", 2, "--max-new-tokens", 24, "--num-steps", 5, "--saving-steps", 1]
     flags += ["--output-dir", small_disk / "run"]
-    done = run_script("grpo.py", *flags)
+    done = run_main("grpo.py", *flags)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "No space left on device" in done.stderr
     assert common.newest_checkpoint(small_disk / "run")[1] == 2
     subprocess.run(["mount", "-o", "remount,size=90m", str(small_disk)], check=True)
-    done = run_script("grpo.py", *flags, "--resume")
+    done = run_main("grpo.py", *flags, "--resume")
     assert done.returncode == 0, done.stderr
     assert common.newest_checkpoint(small_disk / "run")[1] == 5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sft.py", "grpo.py"])
-def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before_it(tmp_path, script):
+def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before_it(tmp_path, script, monkeypatch):
     """The disk is full from the third checkpoint on: every file above 100 kB fails, as the limit of a real one does."""
-    (tmp_path / "full.py").write_text(f"""
-import errno, sys
-sys.path.insert(0, {str(ROOT)!r})
-import common, tyro, {script[:-3]} as script
-save_file, saved = common.save_file, 0
+    save_file, saved = common.save_file, 0
 
-def full(state, path):
-    global saved
-    saved += 1
-    if saved > 2:
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-    save_file(state, path)
+    def full(state, path):
+        nonlocal saved
+        saved += 1
+        if saved > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_file(state, path)
 
-common.save_file = full
-common.run(script.main, tyro.cli(script.Args))
-""")
+    monkeypatch.setattr(common, "save_file", full)
     flags = [*FAST[:2], "--batch-size", 2, "--num-steps", 5, "--saving-steps", 1]
     flags += ["--max-new-tokens", 24] if script == "grpo.py" else []
-    done = run_script(str(tmp_path / "full.py"), *flags, "--output-dir", tmp_path / "run")
+    done = run_main(script, *flags, "--output-dir", tmp_path / "run")
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "No space left on device" in done.stderr

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import read_metrics, run_script
+from conftest import read_metrics, run_main
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 from transformers import AutoTokenizer
@@ -295,7 +295,7 @@ def test_other_tokenizers_are_refused_by_their_first_token(tmp_path, tokenizer):
     onpolicy_distill.check_tokenizers(tokenizer, common.load_tokenizer("tiny-teacher"))
     other.save_pretrained(tmp_path)  # a tokenizer alone: it is refused before any model is loaded
     flags = ["--num-steps", 1, "--eval-steps", 0, "--output-dir", tmp_path / "run", "--teacher-model", tmp_path]
-    done = run_script("onpolicy_distill.py", *flags)
+    done = run_main("onpolicy_distill.py", *flags)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
     assert "different tokenizers: token 299" in done.stderr
 
@@ -305,7 +305,7 @@ SMALL = ["--num-steps", 2, "--batch-size", 4, "--max-new-tokens", 24, "--output-
 
 @pytest.mark.parametrize("loss", ["full", "sampled"])
 def test_the_script_writes_its_folder_and_never_the_teacher(tmp_path, loss):
-    done = run_script("onpolicy_distill.py", *SMALL, tmp_path / "run", "--eval-samples", 4, "--loss", loss)
+    done = run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", "--eval-samples", 4, "--loss", loss)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2]
@@ -339,7 +339,7 @@ def test_the_two_estimators_agree_on_the_divergence_and_the_first_rollout(tmp_pa
             "--loss",
             loss,
         ]
-        assert run_script("onpolicy_distill.py", *flags).returncode == 0
+        assert run_main("onpolicy_distill.py", *flags).returncode == 0
         first.append(read_metrics(tmp_path / loss)[0])
     full, sampled = first
     for name in ("reward/mean", "policy/entropy", "completion/length_mean", "teacher/entropy"):
@@ -351,7 +351,7 @@ def test_the_two_estimators_agree_on_the_divergence_and_the_first_rollout(tmp_pa
 def test_a_teacher_equal_to_the_student_leaves_it_as_it_is(tmp_path):
     """Not exactly: Adam scales up rounding errors. With its learning rate tiny the weights hold to 1e-6."""
     flags = [*SMALL, tmp_path / "run", "--teacher-model", "tiny", "--eval-steps", 0, "--learning-rate", 1e-7]
-    done = run_script("onpolicy_distill.py", *flags)
+    done = run_main("onpolicy_distill.py", *flags)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(tmp_path / "run")
     assert all(abs(line["loss/reverse_kl"]) < 1e-6 and line["optim/grad_norm"] < 1e-4 for line in lines)
@@ -363,7 +363,7 @@ def test_a_teacher_equal_to_the_student_leaves_it_as_it_is(tmp_path):
 def test_prompts_need_no_answer_and_no_reward(tmp_path):
     lines = [json.dumps({"prompt": f"What is {i} + 3?"}) for i in range(9)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    done = run_script("onpolicy_distill.py", *SMALL, tmp_path / "run", "--dataset", tmp_path / "prompts.jsonl")
+    done = run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", "--dataset", tmp_path / "prompts.jsonl")
     assert done.returncode == 0, done.stderr
     assert "evaluation off" in done.stdout
     lines = read_metrics(tmp_path / "run")
@@ -376,6 +376,6 @@ def test_evaluation_needs_rewards_only_where_it_runs(tmp_path):
     """Prompts without a reward, evaluated on the math problems."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "What is 1 + 3?"}) + "\n")
     flags = ["--dataset", tmp_path / "prompts.jsonl", "--eval-dataset", "math", "--eval-samples", 4]
-    done = run_script("onpolicy_distill.py", *SMALL, tmp_path / "run", *flags)
+    done = run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     assert "eval/accuracy" in read_metrics(tmp_path / "run")[0]

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import FAST, ROOT, read_metrics, run_script
+from conftest import FAST, ROOT, read_metrics, run_main, run_script
 from safetensors.torch import load_file
 from test_invariance import GRPO, launch
 
@@ -64,10 +64,7 @@ def test_evaluation_is_shared_without_a_problem_lost_or_repeated(tmp_path, probl
     out, err = done.communicate(timeout=120)
     assert done.returncode == 0, err
     assert "2 process(es)" in out
-    one = subprocess.run(
-        [sys.executable, ROOT / "evaluate.py", *map(str, flags), "--output-dir", tmp_path / "one"], check=True, cwd=ROOT
-    )
-    assert one.returncode == 0
+    assert run_main("evaluate.py", *flags, "--output-dir", tmp_path / "one").returncode == 0
     two, one = ((tmp_path / name / "results.jsonl").read_text() for name in ("two", "one"))
     assert two == one
     assert len(one.splitlines()) == 2 * problems
@@ -223,7 +220,7 @@ def test_a_run_stopped_in_a_rollout_goes_on_bit_for_bit(tmp_path):
         assert done.returncode == {"straight": 0, "stopped": 143}[name], done.stderr
         assert "Traceback" not in done.stderr
     assert common.newest_checkpoint(tmp_path / "run-stopped")[1] == 1
-    done = run_script("grpo.py", *ONE_BY_ONE, 0, "--output-dir", tmp_path / "run-stopped", "--resume")
+    done = run_main("grpo.py", *ONE_BY_ONE, 0, "--output-dir", tmp_path / "run-stopped", "--resume")
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"run-{name}" / "final" / "model.safetensors") for name in ("straight", "stopped"))
     assert all((one[name] == two[name]).all() for name in one)

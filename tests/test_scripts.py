@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAST, ROOT, read_metrics, run_script
+from conftest import FAST, ROOT, read_metrics, run_main, run_script
 
 import common
 import evaluate
@@ -56,7 +56,7 @@ def test_on_policy_ratio_is_one_and_step_one_is_what_the_seed_says(tmp_path):
     runs = []
     for name, budget in (("a", 4096), ("b", 200)):  # cut differently
         flags = [*FAST, "--output-dir", tmp_path / name, "--micro-batch-tokens", budget]
-        assert run_script("grpo.py", *flags).returncode == 0
+        assert run_main("grpo.py", *flags).returncode == 0
         runs.append(read_metrics(tmp_path / name)[0])
     one, two = runs
     assert one["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
@@ -70,7 +70,7 @@ def test_group_of_equal_rewards_everywhere_means_no_update(tmp_path):
     code += "def make():\n    return [Same([{'role': 'user', 'content': str(i)}]) for i in range(4)]\n"
     (tmp_path / "same.py").write_text(code)
     flags = [*FAST, "--dataset", f"{tmp_path}/same.py:make", "--output-dir", tmp_path / "run", "--num-steps", 6]
-    done = run_script("grpo.py", *flags)
+    done = run_main("grpo.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "no gradient: of 2 groups, 0 all right, 2 all wrong" in done.stdout
     assert "warning: no gradient for 5 steps" in done.stdout
@@ -82,7 +82,7 @@ def test_group_of_equal_rewards_everywhere_means_no_update(tmp_path):
 
 def test_evaluate_writes_results(tmp_path):
     flags = ["--num-samples", 6, "--num-completions", 3, "--temperature", 1, "--max-new-tokens", 24]
-    done = run_script("evaluate.py", *flags, "--output-dir", tmp_path / "out")
+    done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(r["problem"], r["sample"]) for r in results] == [(i, k) for i in range(6) for k in range(3)]
@@ -96,9 +96,9 @@ def test_evaluate_writes_results(tmp_path):
 
 def test_trainer_and_evaluate_agree_on_the_same_problems(tmp_path):
     flags = ["--batch-size", 2, "--num-steps", 1, "--max-new-tokens", 24, "--eval-samples", 20]
-    assert run_script("grpo.py", *flags, "--output-dir", tmp_path / "run").returncode == 0
+    assert run_main("grpo.py", *flags, "--output-dir", tmp_path / "run").returncode == 0
     flags = ["--num-samples", 20, "--max-new-tokens", 24, "--output-dir", tmp_path / "out"]
-    assert run_script("evaluate.py", *flags).returncode == 0
+    assert run_main("evaluate.py", *flags).returncode == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["eval/accuracy"] == read_metrics(tmp_path / "run")[0]["eval/accuracy"]
 
@@ -200,13 +200,13 @@ def test_a_mistake_is_one_line_and_code_2(name, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes_in_a_real_terminal_leave_no_traceback():
-    for script, flags in (
-        ("grpo.py", ["--group-size", 1]),
-        ("sft.py", ["--dataset", "missing.jsonl"]),
-        ("evaluate.py", ["--model", "no/such-model"]),
-        ("sft.py", ["--operand", "pow"]),
-        ("grpo.py", ["--no-such-flag"]),
+    for run, script, flags in (
+        (run_script, "grpo.py", ["--group-size", 1]),
+        (run_script, "sft.py", ["--operand", "pow"]),
+        (run_main, "sft.py", ["--dataset", "missing.jsonl"]),
+        (run_main, "evaluate.py", ["--model", "no/such-model"]),
+        (run_main, "grpo.py", ["--no-such-flag"]),
     ):
-        done = run_script(script, *flags)
+        done = run(script, *flags)
         assert done.returncode == 2, (script, flags, done.stderr)
         assert "Traceback" not in done.stdout + done.stderr
