@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from conftest import FAST, ROOT, run_main
+from conftest import FAST, run_main
 
 import common
 
