@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -79,7 +81,7 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         if not (disk_full or isinstance(error, UserError)):
             raise
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # most likely the first process says the same; then the launcher ends this one meanwhile
+            time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
         print(f"error: {error}" + disk_full * "; free some, then go on with --resume", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -104,7 +106,9 @@ FINITE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
 CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), AT_LEAST_0),
     **dict.fromkeys(("num_samples", "num_steps", "batch_size", "micro_batch_tokens", "saving_steps"), AT_LEAST_1),
-    **dict.fromkeys(("logging_steps", "eval_samples", "max_new_tokens", "ppo_steps", "num_completions"), AT_LEAST_1),
+    **dict.fromkeys(
+        ("logging_steps", "eval_samples", "max_new_tokens", "ppo_steps", "num_completions", "inspect"), AT_LEAST_1
+    ),
     **dict.fromkeys(("learning_rate", "weight_decay", "kl_penalty", "clip_eps_high"), FINITE),
     "max_grad_norm": (lambda v: v > 0, "above 0 (inf turns clipping off)"),
     "max_length": (lambda v: v >= 2, "at least 2"),
@@ -183,23 +187,17 @@ def resolve_model(model: str) -> str:
     return str(HERE / "models" / model) if model in BUNDLED else model
 
 
-def pick_dtype(dtype: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of autocast and of frozen models, and why. Weights that train are float32 always."""
-    if dtype != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], "asked for"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16, "the GPU has it"
-    return torch.float32, "no GPU" if device.type == "cpu" else "the GPU has no bfloat16"
-
-
-def pick_attention(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The attention implementation, and why: flash-attn 2 where it can run, else SDPA."""
-    if attn != "auto":
-        return attn, "asked for"
-    missing = "no GPU" if device.type != "cuda" else "flash-attn has no float32" if dtype == torch.float32 else ""
-    if not missing and importlib.util.find_spec("flash_attn") is None:
-        missing = "flash-attn is not installed"
-    return ("sdpa", missing) if missing else ("flash_attention_2", "flash-attn is installed")
+def pick_compute(dtype: str, attn: str, device: torch.device) -> tuple[torch.dtype, str, str]:
+    """The dtype of autocast and of frozen models (weights that train are float32 always), the attention implementation
+    (flash-attn 2 where it can run, else SDPA), and a line that says why."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    used = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and has_bf16) else torch.float32
+    missing = "no GPU" if device.type != "cuda" else "flash-attn has no float32" if used == torch.float32 else ""
+    missing = missing or ("" if importlib.util.find_spec("flash_attn") else "no flash-attn")
+    implementation = attn if attn != "auto" else "sdpa" if missing else "flash_attention_2"
+    reasons = ["bf16 GPU" if has_bf16 else "no bf16 GPU", missing or "installed"]
+    why = [reason if flag == "auto" else "asked for" for flag, reason in zip((dtype, attn), reasons, strict=True)]
+    return used, implementation, f"compute    {used} ({why[0]}), attention {implementation} ({why[1]})"
 
 
 @contextmanager
@@ -207,17 +205,21 @@ def loading(what: str) -> Generator[None]:
     """Turns the library's errors about a missing or broken folder into one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, jinja2.TemplateError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"cannot load {what}: {reason}") from error
 
 
-def load_tokenizer(model: str) -> Any:
-    """Raises a UserError when it is missing, has no chat template, or gives no character offsets."""
+def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
+    """`chat_template`: a file that takes the place of its own template. Raises a UserError when it is missing, has no
+    template, or gives no character offsets."""
     with loading(f"the tokenizer of {model}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(model))
+    if chat_template is not None:
+        with loading(f"--chat-template {chat_template}"):
+            tokenizer.chat_template = Path(chat_template).read_text()
     if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {model} has no chat template: use an instruct model")
+        raise UserError(f"{model} has no chat template: pass --chat-template FILE.jinja, or use an instruct model")
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {model} gives no character offsets: a fast tokenizer is needed")
     return tokenizer
@@ -233,6 +235,14 @@ def load_config(model: str) -> Any:
     return config
 
 
+def load_generation_config(model: str, config: Any) -> GenerationConfig:
+    """What the model's author wrote, for its stop tokens; without such a file, what the configuration says."""
+    try:
+        return GenerationConfig.from_pretrained(resolve_model(model))
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
 def context_length(config: Any) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
@@ -246,17 +256,16 @@ def load_model(
     kept as `source_generation_config`, and the dtype it came in as `source_dtype`: both go back into what is saved.
     Raises a UserError when it is missing or broken, or when its logits are not simply head(trunk(tokens)).
     """
-    path, config = resolve_model(model), load_config(model)
+    config = load_config(model)
     auto: Any = AutoModelForCausalLM
     source_dtype = config.dtype or torch.float32
     with loading(f"the model {model}"):
         if from_scratch:
             loaded = auto.from_config(config, dtype=dtype, attn_implementation=attn)
-            loaded.generation_config = GenerationConfig.from_pretrained(path)
         else:
             options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn, "use_safetensors": True}
-            loaded = auto.from_pretrained(path, config=config, **options)
-    loaded.source_dtype, loaded.source_generation_config = source_dtype, loaded.generation_config
+            loaded = auto.from_pretrained(resolve_model(model), config=config, **options)
+    loaded.source_dtype, loaded.source_generation_config = source_dtype, load_generation_config(model, config)
     loaded.generation_config = GenerationConfig()
     loaded = loaded.to(device).eval()
     with torch.no_grad():
@@ -272,17 +281,13 @@ def vocab_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
-    listed = model.source_generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    turn, mask = encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    last = turn[max(i for i, trained in enumerate(mask) if trained)]
-    return sorted((ids | ({last} & set(tokenizer.all_special_ids))) - {None})
-
-
 # ---- Chat templates and masks: which tokens the assistant wrote ------------------------------------------------------
-SENTINEL = "\u2983assistant text\u2984"
+@functools.lru_cache(maxsize=4)
+def added_tokens(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern]:
+    """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; and one of them, after white space."""
+    names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    longest_first = sorted(names.values(), key=len, reverse=True)
+    return frozenset(names), re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool = False) -> str:
@@ -292,47 +297,131 @@ def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any
 
 def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to write."""
-    # The template has written the BOS token already: the tokenizer must not add a second one.
-    return tokenizer(render(tokenizer, messages, template_args, prompt=True), add_special_tokens=False)["input_ids"]
+    text = render(tokenizer, envs.with_text_content(messages), template_args, prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the BOS token already
+
+
+def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list, str]:
+    """A rendered conversation, the characters [start, end) of each assistant turn in it, and the end-of-turn token.
+
+    The conversation is rendered a second time with a sentinel in place of each assistant text. What stands between the
+    sentinels is the template's own: with the texts put back, trimmed or not, it must be the rendering, character for
+    character. So nothing is assumed about the template, and nothing can be taken for something else.
+
+    Thinking, up to `</think>`, stays in the second rendering: templates rewrite it, or drop it from earlier turns. A
+    turn that keeps it begins where the generation prompt ends. The end-of-turn token is the one that a conversation
+    ends with ("" without one), with the template's white space before it. It belongs to each turn that it follows;
+    another special token there is the header of the next message, or does not stop generation (gpt-oss).
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise UserError("a conversation without an assistant turn has nothing to train")
+    text, hidden = render(tokenizer, messages, template_args), list(messages)
+    sentinel = next(s for s in map("\u2983{}\u2984".format, itertools.count()) if s not in text)
+    for i in turns:
+        thinking, mark, _ = messages[i]["content"].rpartition("</think>")
+        hidden[i] = messages[i] | {"content": thinking + mark + sentinel}
+    literals = render(tokenizer, hidden, template_args).split(sentinel)
+    if len(literals) != len(turns) + 1 or "" in literals[:-1]:
+        raise UserError(
+            f"the chat template does not write each of the {len(turns)} assistant turns once, after a header"
+        )
+    upto_last = literals if turns[-1] == len(messages) - 1 else None
+    upto_last = upto_last or render(tokenizer, hidden[: turns[-1] + 1], template_args).split(sentinel)
+    end = added_tokens(tokenizer, len(tokenizer))[1].match(upto_last[-1])
+    end_of_turn = end.group() if end else ""
+
+    spans, position = [], 0
+    for n, i in enumerate(turns):
+        thinking, mark, answer = messages[i]["content"].rpartition("</think>")
+        trimmed = (answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n"))
+        whole = (literals[n] + words + literals[n + 1] for words in trimmed)
+        found = next((each for each in whole if text.startswith(each, position)), None)
+        if found is None:
+            what = shorten(literals[n] + answer + literals[n + 1])
+            raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
+        start, position = position + len(literals[n]), position + len(found) - len(literals[n + 1])
+        if mark:
+            prompt, thought = (
+                render(tokenizer, messages[:i], template_args, prompt=True),
+                thinking.replace("<think>", ""),
+            )
+            if text.startswith(prompt) and len(prompt) <= start:
+                start = len(prompt)
+            elif thought.strip() and thought.strip() in literals[n]:
+                raise UserError(f"the generation prompt does not lead to the thinking of assistant turn {n + 1}")
+        spans.append((start, position + len(end_of_turn) * text.startswith(end_of_turn, position)))
+    if text[position:] != literals[-1]:
+        raise UserError(f"the chat template writes something else after the last assistant turn: {text[position:]!r}")
+    return text, spans, end_of_turn
 
 
 def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation and its loss mask: 1 = written by the assistant, its stop token included.
 
-    The conversation is rendered a second time with a sentinel in place of each assistant text. What stands between the
-    sentinels is the template's own text; it must come back, in order, in the real rendering, and what lies between is
-    what the assistant wrote. So nothing is assumed about the template, and it is tokenized once.
+    The text is tokenized once; a token belongs to the turn (`find_turns`) that its last character belongs to.
     Raises a UserError without an assistant turn, or when the template rewrites the text so that turns can't be found.
     """
-    text = render(tokenizer, messages, template_args)
-    hidden = [{**m, "content": SENTINEL} if m["role"] == "assistant" else m for m in messages]
-    literals = render(tokenizer, hidden, template_args).split(SENTINEL)
-    turns = sum(m["role"] == "assistant" for m in messages)
-    if turns == 0:
-        raise UserError("a conversation without an assistant turn has nothing to train")
-    if len(literals) != turns + 1 or "" in literals[:-1]:
-        raise UserError(f"the chat template does not write each of the {turns} assistant turns once, after a header")
-    spans, position = [], 0  # characters [start, end) of each assistant text
-    for n, literal in enumerate(literals):
-        place = 0 if n == 0 else len(text) - len(literal) if n == turns else text.find(literal, position)
-        if place < position or not text.startswith(literal, place):
-            raise UserError(
-                f"the chat template changes its own text around assistant turn {n}: {literal!r} is not there"
-            )
-        if n > 0:
-            spans.append((position, place))
-        position = place + len(literal)
-
+    text, spans, _ = find_turns(tokenizer, envs.with_text_content(messages), template_args)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special = set(tokenizer.all_special_ids)
-    loss_mask, span = [], 0
+    special, _ = added_tokens(tokenizer, len(tokenizer))
+    loss_mask, n, trained = [], 0, set()
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        while span < turns - 1 and start > spans[span][1]:
-            span += 1
-        first, stop = spans[span]
-        # A token belongs to the text when its last character does; the stop token begins where the text ends.
-        loss_mask.append(int(first < end <= stop or (start == stop and token in special)))
+        if token in special:
+            end = start + len(text[start:end].rstrip())  # some take the white space behind them along
+        while n < len(spans) - 1 and end > spans[n][1]:
+            n += 1
+        loss_mask.append(int(spans[n][0] < end <= spans[n][1]))
+        trained.add(n if loss_mask[-1] else None)
+    if lost := [n + 1 for n, (start, end) in enumerate(spans) if n not in trained and start < end]:
+        raise UserError(f"assistant turn {lost[0]} has no token of its own: {text[slice(*spans[lost[0] - 1])]!r}")
     return encoded["input_ids"], loss_mask
+
+
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def stop_token_ids(generation_config: GenerationConfig, tokenizer: Any, **template_args: Any) -> list[int]:
+    """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
+    listed = generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    end_of_turn = find_turns(tokenizer, PROBE, template_args)[2].strip()
+    return sorted((ids | {tokenizer.convert_tokens_to_ids(end_of_turn) if end_of_turn else None}) - {None})
+
+
+def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -> str:
+    """The lines that say what begins, ends and pads a sequence. Loads no weights.
+
+    Raises a UserError when the tokenizer, its template and the model contradict each other.
+    """
+    config, known = load_config(model), vocab_size(tokenizer)
+    rows = config.get_text_config().vocab_size
+    stop_ids = stop_token_ids(load_generation_config(model, config), tokenizer, **template_args)
+    prompt, bos = encode_prompt(tokenizer, PROBE[:1], **template_args), tokenizer.bos_token_id
+    text, ((start, _),), end_of_turn = find_turns(tokenizer, PROBE, template_args)
+    if known > rows:
+        raise UserError(
+            f"the tokenizer of {model} has {known:,} tokens but the model {rows:,} rows: use its own tokenizer"
+        )
+    if not stop_ids or stop_ids[-1] >= known:
+        raise UserError(
+            f"{model}: stop tokens {stop_ids} of {known} tokens: correct eos_token_id in generation_config.json"
+        )
+    if bos is not None and prompt[:2] == [bos, bos]:
+        raise UserError(
+            f"the chat template of {model} writes {tokenizer.bos_token} twice: pass a --chat-template with one"
+        )
+    begin = "no BOS" if bos is None or prompt[0] != bos else f"BOS {tokenizer.bos_token}"
+    if begin == "no BOS" and bos is not None and tokenizer("a")["input_ids"][0] == bos:
+        begin = f"no BOS in the chat template (plain text gets {tokenizer.bos_token})"
+    stops = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids))
+    size = f"{known:,} in {rows:,} rows, context {context_length(config):,}"
+    lines = [f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token} (masked by length), {size}"]
+    if not end_of_turn:
+        lines.append("warning    the chat template ends no turn with a special token: turns train without a stop token")
+    if (led := render(tokenizer, PROBE[:1], template_args, prompt=True)) != text[:start]:
+        lines.append(f"warning    generation begins after {led[-30:]!r}, trained turns after {text[:start][-30:]!r}")
+    return "\n".join(lines)
 
 
 def encode_prompts(
@@ -563,6 +652,11 @@ class Completion:
     logprobs: list[float]
     finish_reason: str
 
+    def text(self, tokenizer: Any) -> str:
+        """Without the stop token, which need not be special to the tokenizer."""
+        stopped = self.finish_reason == "stop"
+        return tokenizer.decode(self.token_ids[: len(self.token_ids) - stopped], skip_special_tokens=True)
+
 
 def completion_seed(seed: int, step: int, index: int) -> int:
     """A 63-bit seed for one completion of the run: the same whatever process or batch it is drawn in."""
@@ -606,7 +700,7 @@ class HFEngine:
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
         self.model, self.max_tokens, self.dtype = model, max_tokens, dtype
-        self.stop_ids = stop_token_ids(model, tokenizer)
+        self.stop_ids = stop_token_ids(model.source_generation_config, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.context_length, self.vocab_size = context_length(model.config), vocab_size(tokenizer)
 
@@ -712,7 +806,7 @@ class Evaluator:
             if stop_signal():
                 return {}, []
             for (i, k), completion in zip(part, completions, strict=True):
-                env, text = self.dataset[i], self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+                env, text = self.dataset[i], completion.text(self.tokenizer)
                 record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}
                 record |= {"reward": score(env, text), "tokens": len(completion.token_ids)}
                 records.append(record | {"finish_reason": completion.finish_reason})
@@ -725,11 +819,15 @@ class Evaluator:
 
 
 def score(env: EnvBase, text: str) -> float:
-    """The environment's reward of a completion. Raises a ValueError when it is no finite number."""
-    reward = float(env.get_reward(text))
-    if not math.isfinite(reward):
-        raise ValueError(f"{type(env).__name__}.get_reward returned {reward} for the completion {text!r}")
-    return reward
+    """The reward of a completion. Raises, naming environment and completion, if it fails or is no finite number."""
+    where = f"for the completion {shorten(text)!r}"
+    try:
+        reward = env.get_reward(text)
+    except Exception as error:
+        raise RuntimeError(f"{type(env).__name__}.get_reward raised {type(error).__name__}: {error} {where}") from error
+    if reward is None or isinstance(reward, (str, list)) or not math.isfinite(reward):
+        raise ValueError(f"{type(env).__name__}.get_reward gave {reward!r} {where}: it must be a finite number")
+    return float(reward)
 
 
 # ---- The run folder and its log --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 Message = dict[str, str]
+ROLES = ("system", "developer", "user", "assistant", "tool")
 BOXED = r"Put the final answer in \boxed{}."  # the one sentence that asks for the form the grader reads
 
 
@@ -239,7 +240,10 @@ def load_jsonl(path: Path) -> list[EnvBase]:
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # bad JSON and bad UTF-8 alike
+                json.dumps(
+                    row, ensure_ascii=False
+                ).encode()  # half of a surrogate pair is text to Python, not to others
+            except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
                 raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
             envs.append(row_to_env(row, f"{path}:{number}"))
     return envs
@@ -258,7 +262,9 @@ def row_to_env(row: Any, where: str) -> EnvBase:
         return EnvBase(messages[:-1], messages[-1]["content"])
     prompt = row.get("prompt", row.get("question"))
     if prompt is None:
-        raise UserError(f"{where}: neither messages nor prompt among the keys {', '.join(map(str, row)) or '(none)'}")
+        keys = ", ".join(map(str, row)) or "(none)"
+        share_gpt = ": rename it to messages, from to role (human: user, gpt: assistant) and value to content"
+        raise UserError(f"{where}: neither messages nor prompt in {keys}" + share_gpt * ("conversations" in row))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     prompt = check_messages(prompt, where)
@@ -274,11 +280,25 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: messages must be a list with at least one message")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: each message must be an object with role and content")
-        if not isinstance(message.get("content"), str):
-            raise UserError(f"{where}: the content of a {message['role']} message must be text")
-    return messages
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UserError(f"{where}: each message must be an object with content and a role of {', '.join(ROLES)}")
+        more = [key for key, value in message.items() if value and key not in ("role", "content", "name")]
+        if message["role"] == "assistant" and more:
+            raise UserError(
+                f"{where}: an assistant message has {', '.join(more)}: write it into content, the rest is lost"
+            )
+    try:
+        return with_text_content(messages)
+    except (TypeError, KeyError):
+        raise UserError(f"{where}: the content of each message must be text, or a list of text parts") from None
+
+
+def with_text_content(messages: list[dict[str, Any]]) -> list[Message]:
+    """Contents that are lists of parts, `{"type": "text", "text": ...}`, as one text. Raises TypeError or KeyError."""
+    contents = [m["content"] if isinstance(m["content"], list) else [{"text": m["content"]}] for m in messages]
+    return [
+        m | {"content": "".join([part["text"] for part in parts])} for m, parts in zip(messages, contents, strict=True)
+    ]
 
 
 def load_hub(name: str, split: str) -> list[EnvBase] | None:

@@ -37,6 +37,8 @@ class Args:
     """of the weights and the forward pass. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    chat_template: str | None = None
+    """a Jinja file to use in place of the model's own chat template; saved with the model"""
     chat_template_args: str = "{}"
     """JSON object passed to the chat template, such as '{"enable_thinking": false}'"""
 
@@ -117,9 +119,12 @@ def main(args: Args, dataset: Any = None) -> None:
         raise UserError(f"{folder} holds results already: choose another --output-dir")
 
     # Load the model
-    dtype, dtype_reason = common.pick_dtype(args.dtype, accelerator.device)
-    attn, attn_reason = common.pick_attention(args.attn, accelerator.device, dtype)
-    tokenizer = common.load_tokenizer(args.model)
+    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
+    tokenizer, template_args = (
+        common.load_tokenizer(args.model, args.chat_template),
+        json.loads(args.chat_template_args),
+    )
+    tokens_line = common.check_tokenizer(tokenizer, args.model, template_args)
     model = common.load_model(args.model, accelerator.device, attn, dtype)
     engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
 
@@ -127,7 +132,8 @@ def main(args: Args, dataset: Any = None) -> None:
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
     console.print(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M parameters")
     size = accelerator.num_processes
-    console.print(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason}), {size} process(es)")
+    console.print(f"{compute_line}, {size} process(es)")
+    console.print(tokens_line, markup=False)
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
     started = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -139,7 +145,7 @@ def main(args: Args, dataset: Any = None) -> None:
             args.temperature,
             num_completions=args.num_completions,
             seed=args.seed,
-            template_args=json.loads(args.chat_template_args),
+            template_args=template_args,
             progress=progress,
         )
         _, records = evaluator.evaluate()

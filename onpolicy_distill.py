@@ -54,6 +54,8 @@ class Args:
     """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    chat_template: str | None = None
+    """a Jinja file to use in place of the model's own chat template; saved with the model"""
     chat_template_args: str = "{}"
     """JSON object passed to the chat template, such as '{"enable_thinking": false}'"""
 
@@ -205,13 +207,13 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run = common.Run(args, __file__, accelerator, learning_rate)
     if run.finished:
         return
-    dtype, dtype_reason = common.pick_dtype(args.dtype, accelerator.device)
-    attn, attn_reason = common.pick_attention(args.attn, accelerator.device, dtype)
-    tokenizer = common.load_tokenizer(run.source)
+    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
+    tokenizer = common.load_tokenizer(run.source, args.chat_template)
     template_args = json.loads(args.chat_template_args)
+    tokens_line = common.check_tokenizer(tokenizer, run.source, template_args)
     # --- end ---
 
-    check_tokenizers(tokenizer, common.load_tokenizer(args.teacher_model))
+    check_tokenizers(tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template))
     contexts = [common.context_length(common.load_config(name)) for name in (run.source, args.teacher_model)]
     longest_prompt = min(contexts) - args.max_new_tokens
     prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest_prompt, template_args)
@@ -241,7 +243,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     rewarded = has_rewards(train_dataset)  # distillation needs no reward, but shows it where there is one
     run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights")
     run.say(f"teacher    {args.teacher_model}: {teacher.model.num_parameters() / 1e6:.1f} M weights, frozen, {dtype}")
-    run.say(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
+    run.say(compute_line)
+    run.say(tokens_line)
     held_out = f"{len(eval_dataset)} problems" if evaluator else "off: no held-out rewards, or --eval-steps 0"
     run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
     run.say(f"batch      {total_size} completions a step, learning rate {learning_rate}")
@@ -263,7 +266,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         if stop := common.stop_signal():  # the completions may be missing: this step will be done by whoever resumes
             common.save_checkpoint(run, step - 1, model, tokenizer, optimizer)
             raise SystemExit(128 + stop)
-        texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+        texts = [completion.text(tokenizer) for completion in completions]
         rollout_seconds = time.perf_counter() - started
         # --- end ---
 

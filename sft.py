@@ -15,6 +15,7 @@ GPU:     accelerate launch sft.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset g
 Guide:   training_guide/sft.md
 """
 
+import itertools
 import json
 import math
 import time
@@ -25,6 +26,9 @@ from typing import Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
 from torch import nn
 
 import common
@@ -44,6 +48,8 @@ class Args:
     """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
+    chat_template: str | None = None
+    """a Jinja file to use in place of the model's own chat template; saved with the model"""
     chat_template_args: str = "{}"
     """JSON object passed to the chat template, such as '{"enable_thinking": false}'"""
 
@@ -62,6 +68,8 @@ class Args:
     """math: the operation (default add)"""
     max_length: int | None = None
     """drop conversations with more tokens; default: the model's context length"""
+    inspect: int | None = None
+    """print so many encoded conversations, what trains of them in green and between « and », and stop"""
 
     # Optimization
     num_steps: int = 300
@@ -126,17 +134,56 @@ def sft_loss(
     return cross_entropy / denominator, {"loss/total": cross_entropy.detach()}
 
 
-def encode(dataset: Any, tokenizer: Any, max_length: int, template_args: dict) -> list[tuple[list[int], list[int]]]:
-    """(token ids, loss mask) of each conversation of prompt and target. Longer ones than `max_length` are left out."""
-    encoded = []
-    for i in range(len(dataset)):
-        messages = [*dataset[i].prompt, {"role": "assistant", "content": dataset[i].get_target()}]
-        ids, loss_mask = common.encode_chat(tokenizer, messages, **template_args)
-        if len(ids) <= max_length:
+def encode(
+    dataset: Any, tokenizer: Any, max_length: int, template_args: dict, console: Console | None = None
+) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """(token ids, loss mask) of each conversation of prompt and target, and a line for each kind that is left out."""
+    encoded, kinds = [], Counter()
+    quiet = console is None or not console.is_terminal
+    for i in track(range(len(dataset)), "encoding", console=console, disable=quiet, transient=True):
+        try:
+            messages = [*dataset[i].prompt, {"role": "assistant", "content": dataset[i].get_target()}]
+            ids, loss_mask = common.encode_chat(tokenizer, messages, **template_args)
+        except UserError as error:
+            raise UserError(f"row {i}: {error}") from None
+        if len(ids) > max_length:
+            kinds[f"longer than {max_length:,} tokens"] += 1
+        elif not any(loss_mask[1:]):  # nothing predicts token 0
+            kinds["with nothing to train"] += 1
+        else:
             encoded.append((ids, loss_mask))
+    dropped = [f"dropped {count:,} of {len(dataset):,} rows {kind}" for kind, count in kinds.items()]
     if not encoded:
-        raise UserError(f"all {len(dataset)} conversations are longer than {max_length} tokens")
-    return encoded
+        raise UserError(f"no conversation is left: {', '.join(dropped)}")
+    return encoded, dropped
+
+
+def show(tokenizer: Any, ids: list[int], loss_mask: list[int], newline: str = "\n") -> Text:
+    """A conversation, what trains of it in green and between « and », the counts and the token that it ends with."""
+    text, trained = Text(), sum(loss_mask)
+    for trains, run in itertools.groupby(zip(ids, loss_mask, strict=True), key=lambda pair: pair[1]):
+        words = tokenizer.decode([token for token, _ in run]).replace("\n", newline)
+        text.append(f"«{words}»" if trains else words, "bold green" if trains else "")
+    last = max(t for t, trains in enumerate(loss_mask) if trains)
+    end = repr(tokenizer.decode([ids[last]]))
+    return text.append(f"{newline}[{trained} of {len(ids)} tokens train, the last is {end}]", "dim")
+
+
+def inspect(args: Args, dataset: Any = None) -> None:
+    """Prints the first encoded conversations, as many as --inspect says. Loads no weights and writes nothing."""
+    common.check_args(args)
+    dataset = common.load_datasets(args, dataset, None)[0]
+    tokenizer, template_args = (
+        common.load_tokenizer(args.model, args.chat_template),
+        json.loads(args.chat_template_args),
+    )
+    context = common.context_length(common.load_config(args.model))
+    rows = [dataset[i] for i in range(min(args.inspect or 0, len(dataset)))]
+    conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context), template_args)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(common.check_tokenizer(tokenizer, args.model, template_args), *dropped, sep="\n", markup=False)
+    for conversation in conversations:
+        console.print(show(tokenizer, *conversation), end="\n\n")
 
 
 @torch.no_grad()
@@ -153,6 +200,8 @@ def evaluate_loss(accelerator: Accelerator, model: nn.Module, conversations: lis
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
+    if args.inspect is not None:
+        return inspect(args, train_dataset)
     default_learning_rate = 1e-3 if args.model in common.BUNDLED else 1e-5
     learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
 
@@ -162,16 +211,18 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run = common.Run(args, __file__, accelerator, learning_rate)
     if run.finished:
         return
-    dtype, dtype_reason = common.pick_dtype(args.dtype, accelerator.device)
-    attn, attn_reason = common.pick_attention(args.attn, accelerator.device, dtype)
-    tokenizer = common.load_tokenizer(run.source)
+    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
+    tokenizer = common.load_tokenizer(run.source, args.chat_template)
     template_args = json.loads(args.chat_template_args)
+    tokens_line = common.check_tokenizer(tokenizer, run.source, template_args)
     # --- end ---
 
     context = common.context_length(common.load_config(run.source))
     max_length = min(args.max_length or context, context)
-    conversations = encode(train_dataset, tokenizer, max_length, template_args)
-    eval_conversations = [] if eval_dataset is None else encode(eval_dataset, tokenizer, max_length, template_args)
+    conversations, dropped = encode(train_dataset, tokenizer, max_length, template_args, run.console)
+    eval_conversations, eval_dropped = [], []
+    if eval_dataset is not None:
+        eval_conversations, eval_dropped = encode(eval_dataset, tokenizer, max_length, template_args, run.console)
 
     torch.manual_seed(args.seed)  # of --from-scratch; nothing else draws from torch's generator
     from_scratch = args.from_scratch and run.checkpoint is None
@@ -200,13 +251,16 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.say(
         f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights" + from_scratch * ", random"
     )
-    run.say(f"compute    {dtype} ({dtype_reason}), attention {attn} ({attn_reason})")
-    dropped = f"{len(train_dataset) - len(conversations)} dropped (over {max_length} tokens)"
+    run.say(compute_line)
+    run.say(tokens_line)
     held_out = f"{len(eval_conversations)}" if eval_conversations else "off: no held-out split, or --eval-steps 0"
-    run.say(f"data       {args.dataset}: {len(conversations)} conversations, {dropped}; evaluation {held_out}")
+    run.say(f"data       {args.dataset}: {len(conversations)} conversations; evaluation {held_out}")
+    for line in [*dropped, *(f"evaluation: {line}" for line in eval_dropped)]:
+        run.say(line, "yellow")
     run.say(
         f"batch      {args.batch_size * accelerator.num_processes} conversations a step, learning rate {learning_rate}"
     )
+    run.console.print("example   ", show(tokenizer, *conversations[0], newline="\\n"))
 
     if run.step == 0 and eval_conversations:
         run.log(0, evaluate())

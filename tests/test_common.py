@@ -3,10 +3,12 @@
 import json
 import math
 import types
+from fractions import Fraction
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import ROOT
 from transformers import GenerationConfig
 
 import common
@@ -67,15 +69,113 @@ def test_template_arguments_reach_the_template(tokenizer, monkeypatch):
     assert tokenizer.decode(encode_prompt(tokenizer, chat("a"), ending="!!")).endswith("!!")
 
 
-def test_conversations_that_cannot_be_masked_are_refused(tokenizer, monkeypatch):
+def test_a_conversation_without_an_assistant_is_refused(tokenizer):
     with pytest.raises(UserError, match="nothing to train"):
         encode_chat(tokenizer, chat("a"))
-    with pytest.raises(UserError, match="once, after a header"):
-        encode_chat(tokenizer, chat(common.SENTINEL, "b"))
-    template = "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.content | length }}<|im_end|>{% endfor %}"
-    monkeypatch.setattr(tokenizer, "chat_template", template)  # its own text depends on what the assistant said
-    with pytest.raises(UserError, match="changes its own text"):
-        encode_chat(tokenizer, chat("a", "b"))
+
+
+# ---- Tokenizers against their models
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A folder with all that is known of a model before its weights are loaded."""
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text((ROOT / "models" / "tiny" / name).read_text())
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def check(folder, change=lambda tokenizer: None):
+    tokenizer = common.load_tokenizer(str(folder))
+    change(tokenizer)
+    return common.check_tokenizer(tokenizer, str(folder), {})
+
+
+def test_start_up_says_what_begins_ends_and_pads(folder):
+    assert check(folder) == (
+        "tokens     no BOS, stop <|im_end|>, pad <|endoftext|> (masked by length), 299 in 299 rows, context 512"
+    )
+    rewrite(folder / "generation_config.json", eos_token_id=[0, 2])
+    assert "stop <|endoftext|>, <|im_end|>," in check(folder)  # united
+    (folder / "generation_config.json").unlink()
+    assert "stop <|im_end|>," in check(folder)  # the tokenizer and the template know it
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    with pytest.raises(UserError, match="has 300 tokens but the model 299 rows"):
+        check(folder, lambda tokenizer: tokenizer.add_tokens("<more>"))
+    rewrite(folder / "generation_config.json", eos_token_id=[2, 50256])
+    with pytest.raises(UserError, match=r"stop tokens \[2, 50256\] of 299 tokens: correct eos_token_id"):
+        check(folder)
+
+
+def test_a_model_that_cannot_stop_is_refused(folder):
+    rewrite(folder / "config.json", eos_token_id=None)
+    (folder / "generation_config.json").unlink()
+
+    def nothing_ends(tokenizer):
+        tokenizer.eos_token = None
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+    with pytest.raises(UserError, match=r"stop tokens \[\]"):
+        check(folder, nothing_ends)
+
+
+def test_one_bos_is_said_and_two_are_refused(folder):
+    def with_bos(times):
+        def change(tokenizer):
+            tokenizer.bos_token = "<|endoftext|>"
+            tokenizer.chat_template = "{{ bos_token }}" * times + tokenizer.chat_template
+
+        return change
+
+    assert "BOS <|endoftext|>, stop" in check(folder, with_bos(1))
+    with pytest.raises(UserError, match=r"writes <\|endoftext\|> twice: pass a --chat-template"):
+        check(folder, with_bos(2))
+    assert "no BOS, stop" in check(folder, with_bos(0))
+
+
+def test_templates_that_train_other_than_they_generate_are_told(folder):
+    def set_template(template):
+        return lambda tokenizer: setattr(tokenizer, "chat_template", template)
+
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    told = check(folder, set_template(text + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"))
+    assert "turns train without a stop token" in told
+    assert "generation begins" not in told
+    told = check(folder, set_template(text))
+    assert "generation begins after '<|im_start|>user\\na', trained turns after" in told
+
+
+def test_a_chat_template_can_be_given_and_is_needed(folder, tmp_path):
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"has no chat template: pass --chat-template FILE\.jinja"):
+        common.load_tokenizer(str(folder))
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
+    tokenizer = common.load_tokenizer(str(folder), str(mine))
+    assert trained_text(tokenizer, chat("a", "b")) == ["b<|im_end|>"]
+    with pytest.raises(UserError, match=r"cannot load --chat-template missing\.jinja"):
+        common.load_tokenizer(str(folder), "missing.jinja")
+
+
+def test_a_stop_token_that_is_not_special_is_no_text_of_the_completion(folder):
+    rewrite(folder / "tokenizer_config.json", eos_token=None, extra_special_tokens=[])
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    for token in tokens["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    tokenizer = common.load_tokenizer(str(folder))
+    assert tokenizer.decode([65, 2], skip_special_tokens=True).endswith("<|im_end|>")  # it lies
+    assert trained_text(tokenizer, chat("a", "b")) == ["b<|im_end|>"]
+    assert common.stop_token_ids(GenerationConfig(), tokenizer) == [2]
+    assert common.Completion([65, 2], [0.0, 0.0], "stop").text(tokenizer) == tokenizer.decode([65])
+    assert common.Completion([65, 66], [0.0, 0.0], "length").text(tokenizer) == tokenizer.decode([65, 66])
 
 
 # ---- Log-probs
@@ -354,9 +454,9 @@ def test_greedy_equals_the_library_and_its_settings_cannot_sneak_in(tiny, tokeni
     assert output[0, len(prompts[0]) :].tolist() == greedy.token_ids
 
 
-def test_every_way_to_end_a_turn_stops_generation(tiny, tokenizer):
-    model = types.SimpleNamespace(source_generation_config=GenerationConfig(eos_token_id=[9, 3]))
-    assert common.stop_token_ids(model, tokenizer) == sorted({9, 3, tokenizer.eos_token_id})
+def test_every_way_to_end_a_turn_stops_generation(tokenizer):
+    config = GenerationConfig(eos_token_id=[9, 3])
+    assert common.stop_token_ids(config, tokenizer) == sorted({9, 3, tokenizer.eos_token_id})
 
 
 # ---- Models and flags
@@ -373,15 +473,18 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path, tok
 
 
 def test_choices_come_with_their_reason(monkeypatch):
-    assert common.pick_dtype("auto", CPU) == (torch.float32, "no GPU")
-    assert common.pick_dtype("bf16", CPU) == (torch.bfloat16, "asked for")
-    assert common.pick_attention("auto", CPU, torch.float32) == ("sdpa", "no GPU")
+    float32, bf16 = torch.float32, torch.bfloat16
+    words = "compute    torch.float32 (no bf16 GPU), attention sdpa (no GPU)"
+    assert common.pick_compute("auto", "auto", CPU) == (float32, "sdpa", words)
+    words = "compute    torch.bfloat16 (asked for), attention eager (asked for)"
+    assert common.pick_compute("bf16", "eager", CPU) == (bf16, "eager", words)
     cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    assert common.pick_attention("auto", cuda, torch.bfloat16) == ("sdpa", "flash-attn is not installed")
+    assert common.pick_compute("auto", "auto", cuda)[2].endswith("(bf16 GPU), attention sdpa (no flash-attn)")
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: name)
-    assert common.pick_attention("auto", cuda, torch.bfloat16)[0] == "flash_attention_2"
-    assert common.pick_attention("auto", cuda, torch.float32) == ("sdpa", "flash-attn has no float32")
+    assert common.pick_compute("auto", "auto", cuda)[:2] == (bf16, "flash_attention_2")
+    assert common.pick_compute("fp32", "auto", cuda)[2].endswith("attention sdpa (flash-attn has no float32)")
 
 
 def test_bf16_autocast_keeps_float32_weights_and_logprobs(tiny, batch):
@@ -418,13 +521,37 @@ def test_possible_flags_pass():
     common.check_args(types.SimpleNamespace(temperature=0.0), temperature=common.FINITE)
 
 
-def test_a_reward_that_is_no_number_stops_with_the_completion(tokenizer):
+@pytest.mark.parametrize(
+    ("reward", "reason"), [(math.nan, "nan"), (math.inf, "inf"), (None, "None"), ("1.0", "'1.0'"), ([1.0], r"\[1.0\]")]
+)
+def test_a_reward_that_is_no_number_stops_with_the_completion(reward, reason):
     class Broken(common.EnvBase):
         def get_reward(self, completion):
-            return math.nan
+            return reward
 
-    with pytest.raises(ValueError, match=r"Broken.*'hello'"):
+    with pytest.raises(ValueError, match=rf"Broken.get_reward gave {reason} for the completion 'hello'"):
         common.score(Broken([]), "hello")
+
+
+def test_a_reward_that_raises_stops_with_the_completion_and_the_cause():
+    class Broken(common.EnvBase):
+        def get_reward(self, completion):
+            return float(completion)
+
+    with pytest.raises(
+        RuntimeError, match=r"Broken.get_reward raised ValueError: .* for the completion 'hello'"
+    ) as error:
+        common.score(Broken([]), "hello")
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("reward", [1, True, 0.5, torch.tensor(0.5), Fraction(1, 2)])
+def test_numbers_of_any_kind_are_rewards(reward):
+    class Any(common.EnvBase):
+        def get_reward(self, completion):
+            return reward
+
+    assert common.score(Any([]), "hello") == float(reward)
 
 
 def test_a_signal_ends_an_evaluation_between_its_parts(engine, tokenizer, monkeypatch):

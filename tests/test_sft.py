@@ -1,11 +1,15 @@
 """The supervised loss has its hand-computed value and gradient, and adds up over any cut of a batch."""
 
+import copy
+import json
 import math
+import shutil
 
 import pytest
 import torch
-from conftest import read_metrics, run_script
+from conftest import ROOT, read_metrics, run_main, run_script
 
+import common
 import sft
 from envs import EnvBase, UserError
 
@@ -39,20 +43,78 @@ def test_padding_cannot_reach_the_gradient():
     assert logprobs.grad.tolist() == [[0, -1]]
 
 
-def test_long_conversations_are_dropped_never_cut(tokenizer):
-    env = EnvBase([{"role": "user", "content": "a"}], "b")
-    long = EnvBase([{"role": "user", "content": "a" * 99}], "b")
-    ((_ids, mask),) = sft.encode([env, long], tokenizer, 60, {})
+def test_long_and_untrainable_conversations_are_dropped_and_counted(tokenizer):
+    def env(user, assistant="b"):
+        return EnvBase([{"role": "user", "content": user}], assistant)
+
+    ((_ids, mask),), dropped = sft.encode([env("a"), env("a" * 99), env("a" * 99)], tokenizer, 60, {})
     assert sum(mask) == 2  # b and its stop token
-    with pytest.raises(UserError, match="all 1 conversations are longer"):
-        sft.encode([long], tokenizer, 60, {})
+    assert dropped == ["dropped 2 of 3 rows longer than 60 tokens"]
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    kept, dropped = sft.encode([env("a"), env("a", "")], endless, 60, {})
+    assert len(kept) == 1
+    assert dropped == ["dropped 1 of 2 rows with nothing to train"]
+    with pytest.raises(UserError, match="no conversation is left: dropped 1 of 1 rows longer than 60 tokens"):
+        sft.encode([env("a" * 99)], tokenizer, 60, {})
+    with pytest.raises(UserError, match="row 1: this environment has no answer"):
+        sft.encode([env("a"), EnvBase(env("a").prompt)], tokenizer, 60, {})
+
+
+def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": "Say\nyes", "target": "yes 🙂"},
+        {"prompt": "x" * 600, "target": "no"},
+        {"prompt": "b", "target": "c"},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run_main("sft.py", "--dataset", tmp_path / "data.jsonl", "--inspect", 2)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "<|im_start|>assistant\n«yes 🙂<|im_end|>»\n\n[9 of " in done.stdout
+    assert "tokens train, the last is '<|im_end|>']" in done.stdout
+    assert "dropped 1 of 2 rows longer than 512 tokens" in done.stdout
+    assert "«c" not in done.stdout  # two rows were asked for
+    assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_trained_tokens_are_coloured(tokenizer):
+    ids, mask = common.encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    text = sft.show(tokenizer, ids, mask)
+    assert [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)] == ["«b<|im_end|>»"]
+
+
+@pytest.mark.slow
+def test_a_model_whose_pad_is_its_stop_token_learns_to_stop(tmp_path):
+    """Trained on short answers from random weights, its completions end by themselves."""
+    shutil.copytree(ROOT / "models" / "tiny", tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<|im_end|>"}))
+    flags = [
+        "--model",
+        tmp_path / "model",
+        "--from-scratch",
+        "--learning-rate",
+        2e-3,
+        "--num-steps",
+        60,
+        "--max-val",
+        9,
+    ]
+    done = run_main("sft.py", *flags, "--eval-steps", 0, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "stop <|im_end|>, pad <|im_end|> (masked by length)" in done.stdout
+    flags = ["--model", tmp_path / "run" / "final", "--num-samples", 64, "--max-new-tokens", 32, "--temperature", 1]
+    done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["completion/truncated_frac"] <= 0.05
 
 
 def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer):
     from accelerate import Accelerator
 
     envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
-    conversations, accelerator = sft.encode(envs, tokenizer, 512, {}), Accelerator(cpu=True)
+    conversations, accelerator = sft.encode(envs, tokenizer, 512, {})[0], Accelerator(cpu=True)
     one = sft.evaluate_loss(accelerator, tiny, conversations, 10_000)
     cut = sft.evaluate_loss(accelerator, tiny, conversations, 1)
     tokens, total = sum(sum(mask) for _, mask in conversations), 0.0
