@@ -40,7 +40,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.text import Text
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -236,7 +237,7 @@ def load_config(model: str) -> Any:
 
 
 def load_generation_config(model: str, config: Any) -> GenerationConfig:
-    """What the model's author wrote, for its stop tokens; without such a file, what the configuration says."""
+    """What the author wrote for generation, its stop tokens first of all; without such a file, the model's own."""
     try:
         return GenerationConfig.from_pretrained(resolve_model(model))
     except OSError:
@@ -248,7 +249,7 @@ def context_length(config: Any) -> int:
 
 
 def load_model(
-    model: str, device: torch.device, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
+    model: str, device: Any, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
 ) -> Any:
     """A causal language model. `from_scratch` takes its configuration only, and random weights: seed torch before.
 
@@ -323,9 +324,7 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
         hidden[i] = messages[i] | {"content": thinking + mark + sentinel}
     literals = render(tokenizer, hidden, template_args).split(sentinel)
     if len(literals) != len(turns) + 1 or "" in literals[:-1]:
-        raise UserError(
-            f"the chat template does not write each of the {len(turns)} assistant turns once, after a header"
-        )
+        raise UserError(f"the chat template does not write each of {len(turns)} assistant turns once, after a header")
     upto_last = literals if turns[-1] == len(messages) - 1 else None
     upto_last = upto_last or render(tokenizer, hidden[: turns[-1] + 1], template_args).split(sentinel)
     end = added_tokens(tokenizer, len(tokenizer))[1].match(upto_last[-1])
@@ -342,13 +341,11 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
             raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
         start, position = position + len(literals[n]), position + len(found) - len(literals[n + 1])
         if mark:
-            prompt, thought = (
-                render(tokenizer, messages[:i], template_args, prompt=True),
-                thinking.replace("<think>", ""),
-            )
+            prompt = render(tokenizer, messages[:i], template_args, prompt=True)
+            thought = thinking.replace("<think>", "").strip()
             if text.startswith(prompt) and len(prompt) <= start:
                 start = len(prompt)
-            elif thought.strip() and thought.strip() in literals[n]:
+            elif thought and thought in literals[n]:
                 raise UserError(f"the generation prompt does not lead to the thinking of assistant turn {n + 1}")
         spans.append((start, position + len(end_of_turn) * text.startswith(end_of_turn, position)))
     if text[position:] != literals[-1]:
@@ -383,45 +380,40 @@ PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 def stop_token_ids(generation_config: GenerationConfig, tokenizer: Any, **template_args: Any) -> list[int]:
     """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
-    listed = generation_config.eos_token_id
+    listed, end_of_turn = generation_config.eos_token_id, find_turns(tokenizer, PROBE, template_args)[2].strip()
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    end_of_turn = find_turns(tokenizer, PROBE, template_args)[2].strip()
     return sorted((ids | {tokenizer.convert_tokens_to_ids(end_of_turn) if end_of_turn else None}) - {None})
 
 
 def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -> str:
-    """The lines that say what begins, ends and pads a sequence. Loads no weights.
+    """The lines that say what begins, ends and pads a sequence; no weights are loaded.
 
     Raises a UserError when the tokenizer, its template and the model contradict each other.
     """
-    config, known = load_config(model), vocab_size(tokenizer)
-    rows = config.get_text_config().vocab_size
+    config, known, bos = load_config(model), vocab_size(tokenizer), tokenizer.bos_token
     stop_ids = stop_token_ids(load_generation_config(model, config), tokenizer, **template_args)
-    prompt, bos = encode_prompt(tokenizer, PROBE[:1], **template_args), tokenizer.bos_token_id
+    rows = config.get_text_config().vocab_size
     text, ((start, _),), end_of_turn = find_turns(tokenizer, PROBE, template_args)
+    prompt = render(tokenizer, PROBE[:1], template_args, prompt=True)
     if known > rows:
         raise UserError(
-            f"the tokenizer of {model} has {known:,} tokens but the model {rows:,} rows: use its own tokenizer"
+            f"{model}: the tokenizer has {known:,} tokens, the model {rows:,} rows: one is of another model"
         )
     if not stop_ids or stop_ids[-1] >= known:
-        raise UserError(
-            f"{model}: stop tokens {stop_ids} of {known} tokens: correct eos_token_id in generation_config.json"
-        )
-    if bos is not None and prompt[:2] == [bos, bos]:
-        raise UserError(
-            f"the chat template of {model} writes {tokenizer.bos_token} twice: pass a --chat-template with one"
-        )
-    begin = "no BOS" if bos is None or prompt[0] != bos else f"BOS {tokenizer.bos_token}"
-    if begin == "no BOS" and bos is not None and tokenizer("a")["input_ids"][0] == bos:
-        begin = f"no BOS in the chat template (plain text gets {tokenizer.bos_token})"
+        raise UserError(f"{model}: stop tokens {stop_ids} of {known}: correct eos_token_id in generation_config.json")
+    if bos and prompt.startswith(bos + bos):
+        raise UserError(f"{model}: the chat template writes {bos} twice: pass a --chat-template that writes it once")
+    begin = f"BOS {bos}" if bos and prompt.startswith(bos) else "no BOS"
+    if begin == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        begin += f" in the chat template (plain text gets {bos})"
     stops = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids))
-    size = f"{known:,} in {rows:,} rows, context {context_length(config):,}"
-    lines = [f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token} (masked by length), {size}"]
+    line = f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token} (masked by length), {known:,} in {rows:,} rows"
+    line += f", context {context_length(config):,}"
     if not end_of_turn:
-        lines.append("warning    the chat template ends no turn with a special token: turns train without a stop token")
-    if (led := render(tokenizer, PROBE[:1], template_args, prompt=True)) != text[:start]:
-        lines.append(f"warning    generation begins after {led[-30:]!r}, trained turns after {text[:start][-30:]!r}")
-    return "\n".join(lines)
+        line += "\nwarning    the chat template ends no turn with a special token: turns train without a stop token"
+    if prompt != text[:start]:
+        line += f"\nwarning    generation begins after {prompt[-30:]!r}, trained turns after {text[:start][-30:]!r}"
+    return line
 
 
 def encode_prompts(
@@ -455,7 +447,7 @@ class ChunkedLM(nn.Module):
         super().__init__()
         self.model, self.dtype, self.vocab_size = model, dtype, vocab_size  # V; None: every row of the head
 
-    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    def states(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
         """(B, T) each -> the hidden states that predict a trained token, (N, H)."""
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -465,21 +457,19 @@ class ChunkedLM(nn.Module):
         # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
         return hidden[:, :-1][loss_mask[:, 1:].bool()]
 
-    def head(self, states: torch.Tensor) -> torch.Tensor:
+    def head(self, states: Tensor) -> Tensor:
         """(N, H) -> logits of the tokens that the tokenizer knows, (N, V), in float32 at least."""
         with torch.autocast(states.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
-        self,
-        input_ids: torch.Tensor,  # (B, T)
-        attention_mask: torch.Tensor,  # (B, T)
-        loss_mask: torch.Tensor,  # (B, T)
-        chunk_fn: Callable[..., Any],  # of logits (N, V), targets (N,) and the rest
-        *per_token: torch.Tensor,  # what else chunk_fn needs of each trained token, (N, ...)
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, chunk_fn: Callable, *per_token: Tensor
     ) -> list[Any]:
-        """What `chunk_fn` returns of each chunk of trained tokens, in their order."""
+        """What `chunk_fn` returns of each chunk of trained tokens, in their order.
+
+        The tensors are (B, T); `chunk_fn` gets logits (N, V), targets (N,) and its part of each `per_token`, (N, ...).
+        """
         targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         parts = (self.states(input_ids, attention_mask, loss_mask), targets, *per_token)
         size = max(HEAD_LOGITS // self.model.get_output_embeddings().weight.shape[0], 1)
@@ -488,7 +478,7 @@ class ChunkedLM(nn.Module):
         return [checkpoint(lambda states, *rest: chunk_fn(self.head(states), *rest), *c, **options) for c in chunks]
 
 
-def logprob_and_entropy(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """(N, V), (N,) -> log-prob of each target and entropy of its distribution, (N,) each; entropy without gradient."""
     logits = logits / temperature
     normalizer = logits.logsumexp(-1)  # (N,)
@@ -499,20 +489,13 @@ def logprob_and_entropy(logits: torch.Tensor, targets: torch.Tensor, temperature
 
 
 def token_logprobs(
-    model: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    loss_mask: torch.Tensor,
-    temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each trained token under the distribution it is sampled from, and that distribution's entropy.
 
-    Args:
-        model: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model.
-        input_ids, attention_mask, loss_mask: (B, T), padded on either side.
-        temperature: divides the logits, as in sampling.
-    Returns:
-        logprobs, entropy: (B, T) each; column t speaks of token t; 0 where the loss mask is 0; entropy has no gradient.
+    `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. The tensors are (B, T),
+    padded on either side. The temperature divides the logits, as in sampling.
+    Returns logprobs and entropy, (B, T): column t speaks of token t; 0 where the loss mask is; entropy has no gradient.
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
     chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature)
@@ -529,15 +512,15 @@ class Batch:
     """Sequences padded on the right to one length. `rows`: their indices in the step's list; a dummy has none."""
 
     rows: list[int]
-    input_ids: torch.Tensor  # (B, T)
-    attention_mask: torch.Tensor  # (B, T), 1 = not padding
-    loss_mask: torch.Tensor  # (B, T), 1 = trained
+    input_ids: Tensor  # (B, T)
+    attention_mask: Tensor  # (B, T), 1 = not padding
+    loss_mask: Tensor  # (B, T), 1 = trained
 
-    def take(self, values: torch.Tensor) -> torch.Tensor:
+    def take(self, values: Tensor) -> Tensor:
         """The rows' entries of a tensor with one value a sequence; zero for a dummy."""
         return values[self.rows] if self.rows else values.new_zeros(1)
 
-    def take_tokens(self, values: Sequence[list[float]]) -> torch.Tensor:
+    def take_tokens(self, values: Sequence[list[float]]) -> Tensor:
         """The trained tokens' entries of a list with one value a trained token of each sequence. (N,)"""
         return torch.tensor([v for row in self.rows for v in values[row]], device=self.loss_mask.device)
 
@@ -554,10 +537,7 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def micro_batches(
-    accelerator: Accelerator,
-    sequences: Sequence[tuple[list[int], list[int]]],
-    max_tokens: int,
-    rows: Sequence[int] | None = None,
+    accelerator: Accelerator, sequences: Sequence[tuple[list, list]], max_tokens: int, rows: Sequence[int] | None = None
 ) -> list[Batch]:
     """Cuts this process's (token ids, loss mask) pairs, or those of `rows`, into batches of `max_tokens` tokens.
 
@@ -588,12 +568,12 @@ def reduce_metrics(accelerator: Accelerator, sums: dict[str, Any], denominator: 
 
 
 # ---- The optimizer step ----------------------------------------------------------------------------------------------
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, weight_decay: float) -> AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not. The learning rate is set at each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=0.0, fused=True)
+    return AdamW([matrices, vectors], lr=0.0, fused=True)
 
 
 def scheduled_lr(step: int, learning_rate: float, warmup_steps: int, num_steps: int, schedule: str) -> float:
@@ -610,7 +590,7 @@ def sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool) -> An
     return nullcontext() if last else accelerator.no_sync(model)
 
 
-def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+def backward(accelerator: Accelerator, loss: Tensor) -> None:
     """DistributedDataParallel averages over processes, but the loss is divided by the total over all of them."""
     accelerator.backward(loss * accelerator.num_processes)  # here and nowhere else
 
@@ -618,17 +598,16 @@ def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
 def optimizer_step(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    learning_rate: float,
+    optimizer: Optimizer,
+    lr: float,
     max_grad_norm: float,
     step: int,
     loss: float,
 ) -> float:
     """Clips, updates, clears. Returns the gradient norm before clipping. `loss`: this process's share, for the message.
 
-    Raises:
-        FloatingPointError: the norm is NaN or infinite, as it is when a loss is; no weight has changed. Gradients are
-            the same on every process by now, so every process raises.
+    Raises a FloatingPointError when the norm is NaN or infinite, as it is when a loss is; no weight has changed.
+    Gradients are the same on every process by now, so every process raises.
     """
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
     if not math.isfinite(grad_norm):
@@ -637,7 +616,7 @@ def optimizer_step(
         cause = ", ".join(bad) or "the loss is finite, its gradient is not"
         raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: {cause}; stopped before the update")
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
@@ -671,12 +650,12 @@ class InverseCDFSampler(transformers.LogitsProcessor):
     score, so its own greedy choice takes it. Only the log-probs of chosen tokens are kept, never (T, B, V) scores.
     """
 
-    def __init__(self, uniforms: torch.Tensor | None, temperature: float, vocab_size: int | None = None):
+    def __init__(self, uniforms: Tensor | None, temperature: float, vocab_size: int | None = None):
         self.uniforms = uniforms  # (B, max_new_tokens) in [0, 1); None: greedy
         self.temperature, self.vocab_size = temperature, vocab_size
-        self.logprobs: list[torch.Tensor] = []  # one (B,) a position
+        self.logprobs: list[Tensor] = []  # one (B,) a position
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits = scores[:, : self.vocab_size]  # (B, V)
         logprobs = (logits if self.uniforms is None else logits / self.temperature).log_softmax(-1)
         if self.uniforms is None:
@@ -693,9 +672,8 @@ class InverseCDFSampler(transformers.LogitsProcessor):
 class HFEngine:
     """Generation by `transformers`, with the weights that train: nothing to synchronise.
 
-    Args:
-        max_tokens: at most this many tokens, prompts and completions together, are held at a time.
-        dtype: of the trainer's forward pass, so that both see the same numbers.
+    At most `max_tokens` tokens, prompts and completions together, are held at a time; `dtype` is that of the trainer's
+    forward pass, so that both see the same numbers.
     """
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
@@ -845,11 +823,8 @@ FREE_TO_CHANGE = ("num_steps", "saving_steps", "logging_steps", "eval_steps", "r
 class Run:
     """The folder of a run, what is logged to it and to the terminal, and the step it goes on from.
 
-    Attributes:
-        folder: everything the run writes.
-        step: the last step that is done already; 0 in a fresh run.
-        source: what to load the model and tokenizer from: `--model`, or the checkpoint to go on from.
-        finished: a resumed run that has nothing left to do.
+    `step` is done already (0: a fresh run); `source` is what to load: `--model`, or the checkpoint to go on from;
+    `finished`: a resumed run that has nothing left to do.
     """
 
     def __init__(self, args: Any, script: str, accelerator: Accelerator, learning_rate: float):
@@ -1061,7 +1036,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
     tokenizer.save_pretrained(folder)
 
 
-def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: Optimizer) -> None:
     """`step_<n>`: the float32 weights and the optimizer's state, from which the run goes on bit for bit. Keeps two.
 
     No random state is kept: each draw is a function of the seed and the step. One that is there already stays.
@@ -1088,10 +1063,10 @@ def save_final(run: Run, model: Any, tokenizer: Any) -> None:
     on_main_process(run.accelerator, publish, run.folder / "final", write, {"step": run.args.num_steps})
 
 
-def restore_optimizer(run: Run, optimizer: torch.optim.Optimizer) -> None:
+def restore_optimizer(run: Run, optimizer: Optimizer) -> None:
     """Loads the optimizer's state of the checkpoint that the run goes on from, if there is one."""
     if run.checkpoint is not None:
-        state: dict[int, dict[str, torch.Tensor]] = {}
+        state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(run.checkpoint / "optimizer.safetensors").items():
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
