@@ -1,8 +1,5 @@
 """What every script needs and is the same in all of them, in the order in which a script uses it.
 
-Exit codes, flags, start-up, models, chat masking, log-probs, batches, the optimizer step, the generation engine,
-evaluation, the run folder and its log, checkpoints and resume. The algorithms live in the scripts.
-
 Shapes: B sequences, T tokens, N trained tokens of a pass, H hidden size, V vocabulary.
 """
 
@@ -28,7 +25,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -37,7 +34,7 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import Progress
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -51,7 +48,7 @@ from envs import EnvBase, Message, UserError
 
 disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
-BUNDLED = ("tiny", "tiny-teacher")  # models that come with the project, under models/
+BUNDLED = {name: str(HERE / "models" / name) for name in ("tiny", "tiny-teacher")}  # models that come with the project
 HEAD_LOGITS = 2**23  # logits that exist at a time, 32 MB in float32: 55 positions of Qwen2.5's 151,936 tokens
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
 KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
@@ -93,42 +90,37 @@ def run(main: Callable[[Any], None], args: Any) -> None:
             torch.distributed.destroy_process_group()
 
 
-# ---- Flags -----------------------------------------------------------------------------------------------------------
-def is_json_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
-
-
-AT_LEAST_0 = (lambda v: v >= 0, "0 or more")
-AT_LEAST_1 = (lambda v: v >= 1, "at least 1")
+# ---- Flags and start-up ----------------------------------------------------------------------------------------------
 FINITE = (lambda v: 0 <= v < math.inf, "a finite number, 0 or more")
+WHOLE = (lambda v: v >= 1, "at least 1")  # any integer that is not in the table
 CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), AT_LEAST_0),
-    **dict.fromkeys(("num_samples", "num_steps", "batch_size", "micro_batch_tokens", "saving_steps"), AT_LEAST_1),
-    **dict.fromkeys(
-        ("logging_steps", "eval_samples", "max_new_tokens", "ppo_steps", "num_completions", "inspect"), AT_LEAST_1
-    ),
+    **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), (lambda v: v >= 0, "0 or more")),
+    **dict.fromkeys(("min_val", "max_val"), (lambda _: True, "")),
     **dict.fromkeys(("learning_rate", "weight_decay", "kl_penalty", "clip_eps_high"), FINITE),
     "max_grad_norm": (lambda v: v > 0, "above 0 (inf turns clipping off)"),
     "max_length": (lambda v: v >= 2, "at least 2"),
     "temperature": (lambda v: 0 < v < math.inf, "a finite number above 0"),
     "group_size": (lambda v: v >= 2, "at least 2: a group of 1 has no baseline"),
     "clip_eps": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "chat_template_args": (is_json_object, "a JSON object such as '{\"enable_thinking\": false}'"),
+    "chat_template_args": (
+        lambda v: type(json.loads(v)) is dict,
+        "a JSON object such as '{\"enable_thinking\": false}'",
+    ),
 }
 
 
 def check_args(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> None:
     """Raises a UserError that names the flag, its value and what it takes. `exceptions` replace lines of the table."""
     for name, value in vars(args).items():
-        accepts, words = (CONDITIONS | exceptions).get(name, (lambda _: True, ""))
-        if value is not None and not accepts(value):
+        accepts, words = (CONDITIONS | exceptions).get(name, WHOLE if type(value) is int else (lambda _: True, ""))
+        try:
+            accepted = value is None or accepts(value)
+        except ValueError:  # of JSON
+            accepted = False
+        if not accepted:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {words}")
 
 
-# ---- Start-up --------------------------------------------------------------------------------------------------------
 def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Accelerator:
     """Checks the flags (`exceptions`: as in `check_args`) and joins the other processes."""
     check_args(args, **exceptions)
@@ -142,11 +134,10 @@ def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Acceler
 def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *args: Any) -> Any:
     """Rank 0 alone runs the function; every rank gets its result or raises its error, so none waits for ever."""
     outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function(*args)
-        except Exception as error:
-            outcome[1] = error
+    try:
+        outcome[0] = function(*args) if accelerator.is_main_process else None
+    except Exception as error:
+        outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
@@ -155,9 +146,10 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 
 def load_datasets(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
-    eval_dataset = eval_dataset if args.eval_steps > 0 else None
     ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
-    if eval_dataset is None and args.eval_steps > 0 and (args.eval_dataset or train_dataset is None):
+    if args.eval_steps == 0:
+        eval_dataset = None
+    elif eval_dataset is None and (args.eval_dataset or train_dataset is None):
         name = args.eval_dataset or args.dataset
         # A file has one split: named as the evaluation set, its rows are the evaluation set.
         split = "train" if args.eval_dataset and envs.is_file(name) else "eval"
@@ -176,29 +168,22 @@ def permutation(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Rows at `count` positions, from `start`, of the endless sequence of seeded permutations of a dataset.
-
-    A function of its arguments alone: a resumed run goes on where it was without any saved state.
-    """
+    """Rows at `count` positions from `start` in the endless sequence of seeded permutations of a dataset; no state."""
     return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
 
 
 # ---- Models ----------------------------------------------------------------------------------------------------------
-def resolve_model(model: str) -> str:
-    return str(HERE / "models" / model) if model in BUNDLED else model
-
-
 def pick_compute(dtype: str, attn: str, device: torch.device) -> tuple[torch.dtype, str, str]:
-    """The dtype of autocast and of frozen models (weights that train are float32 always), the attention implementation
-    (flash-attn 2 where it can run, else SDPA), and a line that says why."""
+    """The dtype of autocast and of frozen models (weights that train are float32), the attention, and a line on why."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    has_flash = importlib.util.find_spec("flash_attn") is not None
     used = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and has_bf16) else torch.float32
-    missing = "no GPU" if device.type != "cuda" else "flash-attn has no float32" if used == torch.float32 else ""
-    missing = missing or ("" if importlib.util.find_spec("flash_attn") else "no flash-attn")
-    implementation = attn if attn != "auto" else "sdpa" if missing else "flash_attention_2"
-    reasons = ["bf16 GPU" if has_bf16 else "no bf16 GPU", missing or "installed"]
-    why = [reason if flag == "auto" else "asked for" for flag, reason in zip((dtype, attn), reasons, strict=True)]
-    return used, implementation, f"compute    {used} ({why[0]}), attention {implementation} ({why[1]})"
+    flash_runs = has_flash and device.type == "cuda" and used != torch.float32
+    attn = ("flash_attention_2" if flash_runs else "sdpa") if attn == "auto" else attn
+    reason = (
+        f"{device.type} {'with' if has_bf16 else 'without'} bf16, flash-attn {'' if has_flash else 'not '}installed"
+    )
+    return used, attn, f"compute    {used}, attention {attn} ({reason})"
 
 
 @contextmanager
@@ -212,10 +197,9 @@ def loading(what: str) -> Generator[None]:
 
 
 def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
-    """`chat_template`: a file that takes the place of its own template. Raises a UserError when it is missing, has no
-    template, or gives no character offsets."""
+    """`chat_template`: a file in place of its own. Raises a UserError without a template or character offsets."""
     with loading(f"the tokenizer of {model}"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(resolve_model(model))
+        tokenizer: Any = AutoTokenizer.from_pretrained(BUNDLED.get(model, model))
     if chat_template is not None:
         with loading(f"--chat-template {chat_template}"):
             tokenizer.chat_template = Path(chat_template).read_text()
@@ -229,7 +213,7 @@ def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
 def load_config(model: str) -> Any:
     """The configuration, with every dropout 0."""
     with loading(f"the model {model}"):
-        config = AutoConfig.from_pretrained(resolve_model(model))
+        config = AutoConfig.from_pretrained(BUNDLED.get(model, model))
     for name in vars(config):
         if name.endswith(("dropout", "pdrop")):
             setattr(config, name, 0.0)
@@ -239,7 +223,7 @@ def load_config(model: str) -> Any:
 def load_generation_config(model: str, config: Any) -> GenerationConfig:
     """What the author wrote for generation, its stop tokens first of all; without such a file, the model's own."""
     try:
-        return GenerationConfig.from_pretrained(resolve_model(model))
+        return GenerationConfig.from_pretrained(BUNDLED.get(model, model))
     except OSError:
         return GenerationConfig.from_model_config(config)
 
@@ -251,21 +235,19 @@ def context_length(config: Any) -> int:
 def load_model(
     model: str, device: Any, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
 ) -> Any:
-    """A causal language model. `from_scratch` takes its configuration only, and random weights: seed torch before.
+    """A causal language model; `from_scratch`: its configuration only, and random weights (seed torch before).
 
-    The generation config is emptied, so that no sampling setting of its author gets into `generate`; the original is
-    kept as `source_generation_config`, and the dtype it came in as `source_dtype`: both go back into what is saved.
+    Its generation config is emptied, so that no sampling setting of the author's gets into `generate`. The original and
+    the dtype it came in, `source_generation_config` and `source_dtype`, go back into what is saved.
     Raises a UserError when it is missing or broken, or when its logits are not simply head(trunk(tokens)).
     """
-    config = load_config(model)
-    auto: Any = AutoModelForCausalLM
-    source_dtype = config.dtype or torch.float32
+    config, auto = load_config(model), cast(Any, AutoModelForCausalLM)
+    source_dtype, options = config.dtype or torch.float32, {"dtype": dtype, "attn_implementation": attn}
     with loading(f"the model {model}"):
         if from_scratch:
-            loaded = auto.from_config(config, dtype=dtype, attn_implementation=attn)
+            loaded = auto.from_config(config, **options)
         else:
-            options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn, "use_safetensors": True}
-            loaded = auto.from_pretrained(resolve_model(model), config=config, **options)
+            loaded = auto.from_pretrained(BUNDLED.get(model, model), config=config, use_safetensors=True, **options)
     loaded.source_dtype, loaded.source_generation_config = source_dtype, load_generation_config(model, config)
     loaded.generation_config = GenerationConfig()
     loaded = loaded.to(device).eval()
@@ -287,8 +269,8 @@ def vocab_size(tokenizer: Any) -> int:
 def added_tokens(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern]:
     """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; and one of them, after white space."""
     names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    longest_first = sorted(names.values(), key=len, reverse=True)
-    return frozenset(names), re.compile(rf"\s*(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+    pattern = "|".join(map(re.escape, sorted(names.values(), key=len, reverse=True)))
+    return frozenset(names), re.compile(rf"\s*(?:{pattern or '(?!)'})")
 
 
 def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool = False) -> str:
@@ -307,12 +289,10 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
 
     The conversation is rendered a second time with a sentinel in place of each assistant text. What stands between the
     sentinels is the template's own: with the texts put back, trimmed or not, it must be the rendering, character for
-    character. So nothing is assumed about the template, and nothing can be taken for something else.
-
-    Thinking, up to `</think>`, stays in the second rendering: templates rewrite it, or drop it from earlier turns. A
-    turn that keeps it begins where the generation prompt ends. The end-of-turn token is the one that a conversation
-    ends with ("" without one), with the template's white space before it. It belongs to each turn that it follows;
-    another special token there is the header of the next message, or does not stop generation (gpt-oss).
+    character. Thinking, up to `</think>`, stays in the second rendering, for templates rewrite it or drop it from
+    earlier turns; a turn that keeps it begins where the generation prompt ends. The end-of-turn token is what follows
+    the last turn ("" if nothing does), with white space before it, and belongs to each turn that it follows. Another
+    special token there is the header of the next message, or does not stop generation (gpt-oss).
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -334,8 +314,7 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
     for n, i in enumerate(turns):
         thinking, mark, answer = messages[i]["content"].rpartition("</think>")
         trimmed = (answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n"))
-        whole = (literals[n] + words + literals[n + 1] for words in trimmed)
-        found = next((each for each in whole if text.startswith(each, position)), None)
+        found = next((w for t in trimmed if text.startswith(w := literals[n] + t + literals[n + 1], position)), None)
         if found is None:
             what = shorten(literals[n] + answer + literals[n + 1])
             raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
@@ -356,8 +335,7 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
 def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation and its loss mask: 1 = written by the assistant, its stop token included.
 
-    The text is tokenized once; a token belongs to the turn (`find_turns`) that its last character belongs to.
-    Raises a UserError without an assistant turn, or when the template rewrites the text so that turns can't be found.
+    A token belongs to the turn that its last character does. Raises a UserError as `find_turns` does.
     """
     text, spans, _ = find_turns(tokenizer, envs.with_text_content(messages), template_args)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -380,16 +358,13 @@ PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 def stop_token_ids(generation_config: GenerationConfig, tokenizer: Any, **template_args: Any) -> list[int]:
     """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
-    listed, end_of_turn = generation_config.eos_token_id, find_turns(tokenizer, PROBE, template_args)[2].strip()
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    return sorted((ids | {tokenizer.convert_tokens_to_ids(end_of_turn) if end_of_turn else None}) - {None})
+    listed, end = generation_config.eos_token_id, find_turns(tokenizer, PROBE, template_args)[2].strip()
+    ids = tokenizer.convert_tokens_to_ids([end] if end else []) + (listed if isinstance(listed, list) else [listed])
+    return sorted({i for i in (tokenizer.eos_token_id, *ids) if i is not None})
 
 
 def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -> str:
-    """The lines that say what begins, ends and pads a sequence; no weights are loaded.
-
-    Raises a UserError when the tokenizer, its template and the model contradict each other.
-    """
+    """Lines that say what begins, ends and pads a sequence. Raises a UserError when tokenizer and model contradict."""
     config, known, bos = load_config(model), vocab_size(tokenizer), tokenizer.bos_token
     stop_ids = stop_token_ids(load_generation_config(model, config), tokenizer, **template_args)
     rows = config.get_text_config().vocab_size
@@ -404,11 +379,8 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     if bos and prompt.startswith(bos + bos):
         raise UserError(f"{model}: the chat template writes {bos} twice: pass a --chat-template that writes it once")
     begin = f"BOS {bos}" if bos and prompt.startswith(bos) else "no BOS"
-    if begin == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        begin += f" in the chat template (plain text gets {bos})"
-    stops = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids))
-    line = f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token} (masked by length), {known:,} in {rows:,} rows"
-    line += f", context {context_length(config):,}"
+    stops, size = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids)), f"{known:,} tokens in {rows:,} rows"
+    line = f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token}, {size}, context {context_length(config):,}"
     if not end_of_turn:
         line += "\nwarning    the chat template ends no turn with a special token: turns train without a stop token"
     if prompt != text[:start]:
@@ -416,31 +388,25 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     return line
 
 
-def encode_prompts(
-    tokenizer: Any, dataset: Any, rows: Sequence[int], longest: int, template_args: dict[str, Any]
-) -> dict[int, list[int]]:
+def encode_prompts(tokenizer: Any, dataset: Any, rows: Sequence[int], longest: int, template_args: dict) -> dict:
     """Row -> token ids of its prompt. Raises a UserError when one has more than `longest` tokens."""
     prompts = {i: encode_prompt(tokenizer, dataset[i].prompt, **template_args) for i in rows}
-    for i, ids in prompts.items():
-        if len(ids) > longest:
-            words = "the model's context minus --max-new-tokens leaves room for"
-            raise UserError(f"the prompt of row {i} has {len(ids)} tokens, {words} {longest}")
+    if long := [i for i, ids in prompts.items() if len(ids) > longest]:
+        raise UserError(f"the prompt of row {long[0]} has {len(prompts[long[0]])} tokens, there is room for {longest}")
     return prompts
 
 
 def require_rewards(dataset: Any) -> None:
-    for i in range(len(dataset)):
-        if type(dataset[i]).get_reward is EnvBase.get_reward:
-            raise UserError(f"row {i} has no reward: give the row an answer, or its environment a get_reward")
+    if bare := [i for i in range(len(dataset)) if type(dataset[i]).get_reward is EnvBase.get_reward]:
+        raise UserError(f"row {bare[0]} has no reward: give the row an answer, or its environment a get_reward")
 
 
 # ---- Log-probs: the head only at trained positions, in chunks, recomputed in backward --------------------------------
 class ChunkedLM(nn.Module):
-    """A causal language model whose forward pass never holds the logits of a whole batch.
+    """A causal language model that applies its head to a chunk of the trained positions at a time (`HEAD_LOGITS`).
 
-    It runs the trunk, takes the hidden states that predict a trained token, and applies the head to a chunk of them at
-    a time (`HEAD_LOGITS`); backward recomputes a chunk's logits instead of keeping them. What is made of the logits is
-    the caller's `chunk_fn`. All of it is inside `forward`: a wrapper for many processes synchronises nothing else.
+    The logits of a whole batch never exist; backward recomputes a chunk's. All of it is inside `forward`, so that a
+    wrapper for many processes synchronises it.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, vocab_size: int | None = None):
@@ -491,11 +457,10 @@ def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> 
 def token_logprobs(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each trained token under the distribution it is sampled from, and that distribution's entropy.
+    """Log-prob of each trained token, and entropy (without gradient), of the distribution it is sampled from.
 
-    `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. The tensors are (B, T),
-    padded on either side. The temperature divides the logits, as in sampling.
-    Returns logprobs and entropy, (B, T): column t speaks of token t; 0 where the loss mask is; entropy has no gradient.
+    `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. All tensors are (B, T),
+    padded on either side; column t speaks of token t, 0 where the loss mask is. `temperature` divides the logits.
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
     chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature)
@@ -539,12 +504,10 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 def micro_batches(
     accelerator: Accelerator, sequences: Sequence[tuple[list, list]], max_tokens: int, rows: Sequence[int] | None = None
 ) -> list[Batch]:
-    """Cuts this process's (token ids, loss mask) pairs, or those of `rows`, into batches of `max_tokens` tokens.
-
-    Every process gets equally many, dummies of two tokens included: the last pass of each synchronises the gradients.
-    """
+    """Cuts (token ids, loss mask) pairs, or those of `rows`, into batches of `max_tokens` padded tokens."""
     rows = range(len(sequences)) if rows is None else rows
     groups = [[rows[i] for i in group] for group in group_by_length([len(sequences[i][0]) for i in rows], max_tokens)]
+    # Equally many on every process, dummies of two tokens included: the last pass of each synchronises the gradients.
     most = int(accelerator.gather(torch.tensor([len(groups)], device=accelerator.device)).max())
     batches = []
     for group in groups + [[]] * (most - len(groups)):
@@ -596,20 +559,13 @@ def backward(accelerator: Accelerator, loss: Tensor) -> None:
 
 
 def optimizer_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    lr: float,
-    max_grad_norm: float,
-    step: int,
-    loss: float,
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, lr: float, max_norm: float, step: int, loss: float
 ) -> float:
-    """Clips, updates, clears. Returns the gradient norm before clipping. `loss`: this process's share, for the message.
+    """Clips, updates, clears; returns the gradient norm before clipping. `loss`: this process's share, for the message.
 
-    Raises a FloatingPointError when the norm is NaN or infinite, as it is when a loss is; no weight has changed.
-    Gradients are the same on every process by now, so every process raises.
+    Raises a FloatingPointError, on every process and before a weight changes, when the norm is NaN or infinite.
     """
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     if not math.isfinite(grad_norm):
         losses = accelerator.gather(torch.tensor([loss], device=accelerator.device)).tolist()
         bad = [f"the loss is {value} on process {i}" for i, value in enumerate(losses) if not math.isfinite(value)]
@@ -633,8 +589,8 @@ class Completion:
 
     def text(self, tokenizer: Any) -> str:
         """Without the stop token, which need not be special to the tokenizer."""
-        stopped = self.finish_reason == "stop"
-        return tokenizer.decode(self.token_ids[: len(self.token_ids) - stopped], skip_special_tokens=True)
+        end = -1 if self.finish_reason == "stop" else None
+        return tokenizer.decode(self.token_ids[:end], skip_special_tokens=True)
 
 
 def completion_seed(seed: int, step: int, index: int) -> int:
@@ -644,20 +600,15 @@ def completion_seed(seed: int, step: int, index: int) -> int:
 
 
 class InverseCDFSampler(transformers.LogitsProcessor):
-    """Draws each token by the inverse of its cumulative distribution, from uniforms fixed up front.
-
-    A row's draws depend on its seed and position alone, not on its batch. `generate` sees a single token with a finite
-    score, so its own greedy choice takes it. Only the log-probs of chosen tokens are kept, never (T, B, V) scores.
-    """
+    """Draws each token by the inverse of its cumulative distribution, from uniforms of its row, fixed up front."""
 
     def __init__(self, uniforms: Tensor | None, temperature: float, vocab_size: int | None = None):
         self.uniforms = uniforms  # (B, max_new_tokens) in [0, 1); None: greedy
-        self.temperature, self.vocab_size = temperature, vocab_size
+        self.temperature, self.vocab_size = temperature or 1.0, vocab_size
         self.logprobs: list[Tensor] = []  # one (B,) a position
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits = scores[:, : self.vocab_size]  # (B, V)
-        logprobs = (logits if self.uniforms is None else logits / self.temperature).log_softmax(-1)
+        logprobs = (scores[:, : self.vocab_size] / self.temperature).log_softmax(-1)  # (B, V)
         if self.uniforms is None:
             tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
         else:
@@ -666,15 +617,12 @@ class InverseCDFSampler(transformers.LogitsProcessor):
             # right=True: the first entry whose cumulative sum exceeds the target, so never one of probability 0
             tokens = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
         self.logprobs.append(logprobs.gather(-1, tokens)[:, 0])
+        # One finite score is left: `generate`'s own greedy choice takes it, and no (T, B, V) scores are kept.
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens, 0.0)
 
 
 class HFEngine:
-    """Generation by `transformers`, with the weights that train: nothing to synchronise.
-
-    At most `max_tokens` tokens, prompts and completions together, are held at a time; `dtype` is that of the trainer's
-    forward pass, so that both see the same numbers.
-    """
+    """Generation by `transformers` with the trainer's weights and dtype; `max_tokens` tokens are held at a time."""
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
         self.model, self.max_tokens, self.dtype = model, max_tokens, dtype
@@ -688,10 +636,9 @@ class HFEngine:
     def generate(
         self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
     ) -> list[Completion]:
-        """One completion of each prompt, drawn with its seed; temperature 0 is greedy.
+        """One completion of each prompt, drawn with its seed; temperature 0 is greedy. Every process has to call it.
 
-        Every process has to call it, if with no prompts: between batches they ask each other for a signal. After one,
-        nothing is returned; callers ask `stop_signal`.
+        Between batches they ask each other for a signal; after one, nothing is returned: callers ask `stop_signal`.
         """
         completions: dict[int, Completion] = {}
         groups = group_by_length([len(p) + max_new_tokens for p in prompts], self.max_tokens)
@@ -707,7 +654,7 @@ class HFEngine:
 
     @torch.no_grad()
     def generate_batch(
-        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
+        self, prompts: list, seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
         width, device = max(map(len, prompts)), self.model.device
         rows = [[self.pad_id] * (width - len(p)) + p for p in prompts]
@@ -765,7 +712,6 @@ class Evaluator:
         require_rewards(self.dataset)
         state, longest = PartialState(), self.engine.context_length - self.max_new_tokens
         self.problems = range(state.process_index, len(self.dataset), state.num_processes)
-        self.most_jobs = math.ceil(len(self.dataset) / state.num_processes) * self.num_completions  # of any process
         self.prompts = encode_prompts(self.tokenizer, self.dataset, self.problems, longest, self.template_args)
 
     def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -773,7 +719,7 @@ class Evaluator:
         jobs = [(i, k) for i in self.problems for k in range(self.num_completions)]
         records = []
         bar = self.progress.add_task("evaluating", total=len(jobs))
-        for at in range(0, self.most_jobs, 128):  # in parts, so that the bar moves and a signal is seen
+        for at in range(0, max(gather_object([len(jobs)])), 128):  # in parts: the bar moves, and a signal is seen
             part = jobs[at : at + 128]
             completions = self.engine.generate(
                 [self.prompts[i] for i, _ in part],
@@ -821,11 +767,7 @@ FREE_TO_CHANGE = ("num_steps", "saving_steps", "logging_steps", "eval_steps", "r
 
 
 class Run:
-    """The folder of a run, what is logged to it and to the terminal, and the step it goes on from.
-
-    `step` is done already (0: a fresh run); `source` is what to load: `--model`, or the checkpoint to go on from;
-    `finished`: a resumed run that has nothing left to do.
-    """
+    """The folder of a run, what is logged to it and to the terminal, and the step it goes on from (0: it is fresh)."""
 
     def __init__(self, args: Any, script: str, accelerator: Accelerator, learning_rate: float):
         self.args, self.name, self.accelerator = args, Path(script).stem, accelerator
@@ -833,15 +775,13 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True)
         self.folder, self.checkpoint, self.step = on_main_process(accelerator, self.open_folder)
-        self.source = str(self.checkpoint or args.model)
+        self.source = str(self.checkpoint or args.model)  # what to load
         self.finished = self.step >= args.num_steps and (self.folder / "final").exists()
         if self.finished:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
-        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        quiet = self.finished or not (self.is_main and self.console.is_terminal)
-        self.progress = Progress(*columns, console=self.console, disable=quiet)
+        self.progress = Progress(console=self.console, disable=not (self.is_main and self.console.is_terminal))
         self.bar = self.progress.add_task("training", total=args.num_steps, completed=self.step)
-        self.wandb: Any = None
+        self.wandb_on = args.enable_wandb and self.is_main
         self.started = time.perf_counter()
 
     def open_folder(self) -> tuple[Path, Path | None, int]:
@@ -878,8 +818,9 @@ class Run:
         record["versions"] = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
-            if self.args.enable_wandb:
-                self.with_wandb(lambda: self.start_wandb(record))
+        page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its page
+        names = {"project": self.args.wandb_project or self.name, "name": self.args.wandb_run_name or self.folder.name}
+        self.wandb("init", **names, id=page, resume="allow", dir=str(self.folder), config=record)
         resumed = f", resumed from step {self.step}" if self.step else ""
         for signum in (signal.SIGINT, signal.SIGTERM):  # from here on a signal ends a step instead of breaking it
             signal.signal(signum, on_signal)
@@ -899,8 +840,7 @@ class Run:
             file.write(json.dumps({"step": step} | metrics) + "\n")
         parts = [words.format(metrics[name]) for name, words in STEP_LINE.items() if name in metrics]
         self.console.print(f"step {step}/{self.args.num_steps} | " + " | ".join(parts))
-        if self.wandb is not None:
-            self.with_wandb(lambda: self.wandb.log(metrics, step=step))
+        self.wandb("log", metrics, step=step)
 
     def log_completions(self, step: int, records: list[dict[str, Any]], show: bool) -> None:
         """Completions and their numbers: to completions.jsonl and, if asked, the screen, under their prompts."""
@@ -924,22 +864,15 @@ class Run:
         for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
             if values := [line[name] for line in lines if name in line]:
                 self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
-        if self.wandb is not None:
-            self.with_wandb(self.wandb.finish)
+        self.wandb("finish")
 
-    def start_wandb(self, config: dict[str, Any]) -> None:
-        import wandb  # ty: ignore
-
-        page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in its page
-        names = {"project": self.args.wandb_project or self.name, "name": self.args.wandb_run_name or self.folder.name}
-        self.wandb = wandb.init(**names, id=page, resume="allow", dir=str(self.folder), config=config)
-
-    def with_wandb(self, call: Callable[[], Any]) -> None:
+    def wandb(self, function: str, *args: Any, **options: Any) -> None:
         """A tracker must never stop a run: its first failure, of whatever kind, turns it off and says so."""
         try:
-            call()
+            if self.wandb_on:
+                getattr(importlib.import_module("wandb"), function)(*args, **options)
         except Exception as error:
-            self.wandb = None
+            self.wandb_on = False
             self.say(f"wandb is off from here on, metrics.jsonl goes on: {type(error).__name__}: {error}", "yellow")
 
 
@@ -985,9 +918,7 @@ def fsync(path: Path) -> None:
 
 def publish(target: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> None:
     """Fills a folder beside `target`, then renames it there: a crash or a full disk never leaves a half-written one.
-
-    Every file reaches the disk before state.json, which lists their sizes, and that before the rename.
-    """
+    Every file reaches the disk before state.json, which lists their sizes, and that before the rename."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a leftover of a killed run
     try:
@@ -1017,11 +948,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     for path in sorted(folder.glob("step_*"), key=step_of, reverse=True):
         try:
             files = json.loads((path / "state.json").read_text())["files"]
-            wrong = [name for name, size in files.items() if (path / name).stat().st_size != size]
+            if not (wrong := [name for name, size in files.items() if (path / name).stat().st_size != size]):
+                return path, step_of(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             wrong = [str(error)]
-        if not wrong:
-            return path, step_of(path)
         print(f"skipped    {path}, not a whole checkpoint: {wrong[0]}", file=sys.stderr)
     return None, 0
 
@@ -1037,10 +967,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
 
 
 def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: Optimizer) -> None:
-    """`step_<n>`: the float32 weights and the optimizer's state, from which the run goes on bit for bit. Keeps two.
-
-    No random state is kept: each draw is a function of the seed and the step. One that is there already stays.
-    """
+    """`step_<n>`: float32 weights and the optimizer's state, from which the run goes on bit for bit. Keeps two."""
 
     def write(folder: Path) -> None:
         save_model(folder, model, tokenizer, torch.float32)

@@ -60,7 +60,6 @@ class MathEnv(EnvBase):
         return self.target if self.target is not None else f"\\boxed{{{self.answer}}}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Grading: parsed, never evaluated, in time linear in the length of the text
 
 BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
@@ -117,7 +116,6 @@ def same_answer(candidate: str, answer: str) -> bool:
     return plain(candidate) == plain(answer) if number is None else parse_number(candidate) == number
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Datasets
 
 OPERANDS = {"add": "+", "sub": "-", "mult": "*", "div": "/"}
@@ -161,7 +159,7 @@ class MathDataset(torch.utils.data.Dataset):
                     break
         if not self.envs:
             raise UserError(
-                f"no {operand} problem of the {split} split has operands from {min_val} to {max_val}: widen the range"
+                f"no {operand} problem of the {split} split is from {min_val} to {max_val}: widen the range"
             )
 
     def __len__(self) -> int:
@@ -186,30 +184,21 @@ def math_problem(a: int, b: int, operand: str) -> MathEnv:
 
 
 def load_dataset(
-    name: str,
-    split: str = "train",
-    *,
-    num_samples: int | None = None,
-    min_val: int | None = None,
-    max_val: int | None = None,
-    operand: str | None = None,
-    seed: int = 0,
+    name: str, split: str = "train", *, num_samples: int | None = None, seed: int = 0, **ranges: int | str | None
 ) -> Any:
     """A sequence of `EnvBase` by name: `math`, `gsm8k`, a `.jsonl` path, `file.py:function`, `reasoning_gym:NAME`, a
     hub id (`id:config` names a configuration) or a local folder that `datasets` can read.
 
-    `split` is train or eval; None comes back where the dataset has no eval split, as files never have. `num_samples`
-    keeps the first rows (`math`, `reasoning_gym`: that many are made). The ranges are for `math` alone.
+    `split` is train or eval; None comes back where there is no eval split, as in files. `num_samples` keeps the first
+    rows (`math`, `reasoning_gym`: that many are made). `ranges`: min_val, max_val, operand of `math`.
     Raises a UserError for what is missing, malformed or empty, in one line that says where.
     """
-    ranges: dict[str, Any] = {"min_val": min_val, "max_val": max_val, "operand": operand}
-    given = {key: value for key, value in ranges.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in ranges.items() if value is not None}
     if name == "math":
         size = {} if num_samples is None else {"num_samples": num_samples}
         return MathDataset(**given, **size, seed=seed, split=split)
     if given:
-        flags = ", ".join("--" + key.replace("_", "-") for key in given)
-        raise UserError(f"{flags}: only for --dataset math, not for {name}")
+        raise UserError(f"--min-val, --max-val and --operand are for --dataset math alone, not for {name}")
     if split == "eval" and is_file(name):
         return None
     if name.endswith(".jsonl"):
@@ -220,11 +209,9 @@ def load_dataset(
         return load_reasoning_gym(name.removeprefix("reasoning_gym:"), num_samples or 200, seed + (split == "eval"))
     else:
         envs = load_hub("openai/gsm8k:main" if name == "gsm8k" else name, split)
-    if envs is None:
-        return None
-    if not len(envs):
+    if envs is not None and not len(envs):
         raise UserError(f"{name}: no rows")
-    return envs if num_samples is None else [envs[i] for i in range(min(num_samples, len(envs)))]
+    return envs if envs is None or num_samples is None else [envs[i] for i in range(min(num_samples, len(envs)))]
 
 
 def is_file(name: str) -> bool:
@@ -240,9 +227,7 @@ def load_jsonl(path: Path) -> list[EnvBase]:
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                json.dumps(
-                    row, ensure_ascii=False
-                ).encode()  # half of a surrogate pair is text to Python, not to others
+                json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
             except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
                 raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
             envs.append(row_to_env(row, f"{path}:{number}"))
@@ -256,15 +241,14 @@ def row_to_env(row: Any, where: str) -> EnvBase:
     if "messages" in row:
         messages = check_messages(row["messages"], where)
         while messages and messages[-1]["role"] != "assistant":  # nothing after the last assistant turn trains
-            messages = messages[:-1]
+            messages.pop()
         if not messages:
             raise UserError(f"{where}: messages has no assistant turn")
         return EnvBase(messages[:-1], messages[-1]["content"])
     prompt = row.get("prompt", row.get("question"))
     if prompt is None:
-        keys = ", ".join(map(str, row)) or "(none)"
         share_gpt = ": rename it to messages, from to role (human: user, gpt: assistant) and value to content"
-        raise UserError(f"{where}: neither messages nor prompt in {keys}" + share_gpt * ("conversations" in row))
+        raise UserError(f"{where}: neither messages nor prompt in {list(row)}" + share_gpt * ("conversations" in row))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     prompt = check_messages(prompt, where)
@@ -284,9 +268,7 @@ def check_messages(messages: Any, where: str) -> list[Message]:
             raise UserError(f"{where}: each message must be an object with content and a role of {', '.join(ROLES)}")
         more = [key for key, value in message.items() if value and key not in ("role", "content", "name")]
         if message["role"] == "assistant" and more:
-            raise UserError(
-                f"{where}: an assistant message has {', '.join(more)}: write it into content, the rest is lost"
-            )
+            raise UserError(f"{where}: an assistant message has {', '.join(more)}: write it into content, or drop it")
     try:
         return with_text_content(messages)
     except (TypeError, KeyError):
@@ -295,10 +277,8 @@ def check_messages(messages: Any, where: str) -> list[Message]:
 
 def with_text_content(messages: list[dict[str, Any]]) -> list[Message]:
     """Contents that are lists of parts, `{"type": "text", "text": ...}`, as one text. Raises TypeError or KeyError."""
-    contents = [m["content"] if isinstance(m["content"], list) else [{"text": m["content"]}] for m in messages]
-    return [
-        m | {"content": "".join([part["text"] for part in parts])} for m, parts in zip(messages, contents, strict=True)
-    ]
+    whole = [m["content"] if isinstance(m["content"], list) else [{"text": m["content"]}] for m in messages]
+    return [m | {"content": "".join([p["text"] for p in parts])} for m, parts in zip(messages, whole, strict=True)]
 
 
 def load_hub(name: str, split: str) -> list[EnvBase] | None:
@@ -355,10 +335,10 @@ class ReasoningGymEnv(EnvBase):
 def load_reasoning_gym(name: str, size: int, seed: int) -> list[EnvBase]:
     try:
         import reasoning_gym  # ty: ignore
+
+        task = reasoning_gym.create_dataset(name, size=size, seed=seed)
     except ImportError:
         raise UserError("reasoning_gym:NAME needs the package: pip install reasoning-gym") from None
-    try:
-        task = reasoning_gym.create_dataset(name, size=size, seed=seed)
     except ValueError as error:
         raise UserError(f"reasoning_gym:{name}: {error}") from None
     # Some graders run the model's answer as Python code. A completion must never be executed.

@@ -16,7 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = [
     f"test_{room}.py"
-    for room in (*("grpo", "sft", "common", "onpolicy_distill", "reference", "invariance", "scripts", "processes"),)
+    for room in (
+        *("grpo", "sft", "common", "templates", "onpolicy_distill", "reference", "invariance", "scripts", "processes"),
+    )
 ]
 
 BUGS = {  # name -> file, what stands there once, what is planted
@@ -82,7 +84,28 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "accelerator.backward(loss)",
     ),
     "metrics of the last micro-batch": ("grpo.py", "sums.update(metrics_of_batch)", "sums = Counter(metrics_of_batch)"),
-    "stop token not trained": ("common.py", "or (start == stop and token in special)", ""),
+    "stop token not trained": ("common.py", "+ len(end_of_turn) * text.startswith(end_of_turn, position)", ""),
+    "stop token of the last turn alone": (
+        "common.py",
+        "len(end_of_turn) * text.startswith(end_of_turn, position)",
+        "len(end_of_turn) * (n + 1 == len(turns))",
+    ),
+    "header of the next message for a stop token": (
+        "common.py",
+        "text.startswith(end_of_turn, position)",
+        "bool(text[position:])",
+    ),
+    "header trained where it swallows a line end": (
+        "common.py",
+        "end = start + len(text[start:end].rstrip())",
+        "end += 0",
+    ),
+    "thinking not trained": ("common.py", "                start = len(prompt)\n", "                pass\n"),
+    "turn found by its text, wherever that stands": (
+        "common.py",
+        "if text.startswith(w := literals[n] + t + literals[n + 1], position)",
+        "if (w := literals[n] + t + literals[n + 1])",
+    ),
     "completions that depend on the process": (
         "grpo.py",
         "first = accelerator.process_index * local_size",

@@ -213,7 +213,18 @@ def test_jsonl_rows(tmp_path):
     [
         ("{not json", "not a line of JSON"),
         ("[1]", "must be an object"),
-        ({"text": "x"}, "among the keys text"),
+        ("[" * 100_000, "not a line of JSON"),
+        ('{"prompt": "half \\ud83d", "answer": 1}', "surrogates not allowed"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "rename it to messages, from to role"),
+        ({"messages": [{"role": "human", "content": "x"}]}, "role of system, developer, user, assistant, tool"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "weight": 1}]},
+            "has weight: write it into content, or drop",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text, or a list of text parts"),
+        ({"messages": [{"role": "user"}]}, "must be text, or a list of text parts"),
+        ({"text": "x"}, "neither messages nor prompt in \\['text'\\]"),
         ({"messages": []}, "at least one message"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": [{"role": "user", "content": None}]}, "must be text"),
@@ -229,6 +240,19 @@ def test_malformed_rows_name_file_line_and_reason(tmp_path, row, reason):
     with pytest.raises(UserError, match=reason) as error:
         load_dataset(path)
     assert f"{path}:2:" in str(error.value)
+
+
+def test_files_as_other_tools_write_them(tmp_path):
+    """A byte-order mark, CRLF, blank lines, no newline at the end, a line of 10 MB, content in parts."""
+    path, parts = tmp_path / "data.jsonl", [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]
+    rows = [{"prompt": "é🙂", "answer": 1}, {"prompt": "x" * 10_000_000, "answer": 2}]
+    rows += [{"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]}]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\r\n   \n" + lines[1] + b"\r\n" + lines[2])
+    one, two, three = load_dataset(str(path))
+    assert one.prompt == [{"role": "user", "content": "é🙂"}]
+    assert len(two.prompt[0]["content"]) == 10_000_000
+    assert (three.prompt, three.get_target()) == ([{"role": "user", "content": "Why?"}], "Why?")
 
 
 def test_missing_and_empty_files(tmp_path):

@@ -288,7 +288,7 @@ def test_padded_vocabulary_rows_are_neither_sampled_nor_in_the_loss(tiny, tokeni
 
 
 def test_other_tokenizers_are_refused_by_their_first_token(tmp_path, tokenizer):
-    other = AutoTokenizer.from_pretrained(common.resolve_model("tiny"))
+    other = AutoTokenizer.from_pretrained(common.BUNDLED["tiny"])
     other.add_tokens(["<one more>"])
     with pytest.raises(common.UserError, match=r"token 299 is None in the student's and '<one more>'"):
         onpolicy_distill.check_tokenizers(tokenizer, other)
@@ -316,7 +316,7 @@ def test_the_script_writes_its_folder_and_never_the_teacher(tmp_path, loss):
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert (record["teacher_model"], record["loss"], record["learning_rate"]) == ("tiny-teacher", loss, 3e-4)
     names = load_file(tmp_path / "run" / "step_2" / "model.safetensors").keys()
-    assert names | {"lm_head.weight"} == load_file(f"{common.resolve_model('tiny')}/model.safetensors").keys()  # tied
+    assert names | {"lm_head.weight"} == load_file(f"{common.BUNDLED['tiny']}/model.safetensors").keys()  # tied
     moments = load_file(tmp_path / "run" / "step_2" / "optimizer.safetensors")
     assert len({name.split(".")[0] for name in moments}) == len(names)
     records = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]

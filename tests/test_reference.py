@@ -20,7 +20,7 @@ PROMPTS, GROUP, TEMPERATURE, BETA, FLAT = 4, 4, 0.7, 0.1, [2]
 
 @pytest.fixture
 def model():
-    return AutoModelForCausalLM.from_pretrained(common.resolve_model("tiny"), dtype=torch.float64)
+    return AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny"], dtype=torch.float64)
 
 
 def in_order_of_the_optimizer(model):
@@ -119,7 +119,7 @@ def test_a_step_of_distillation(tmp_path, tokenizer, model, estimator):
     flags = [*map(str, flags), "--micro-batch-tokens", "150"]
     case = {"name": "run", "script": "onpolicy_distill", "flags": flags, "frozen": True, "float64": True}
     launch([case], tmp_path, processes=1)
-    teacher = AutoModelForCausalLM.from_pretrained(common.resolve_model("tiny-teacher"), dtype=torch.float64)
+    teacher = AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny-teacher"], dtype=torch.float64)
     drawn, terms, value = load_file(tmp_path / "run-0.safetensors"), [], 0.0
     for b, row in enumerate(common.data_order(16, 1, 0, 8)):
         prompt = encode_prompt(tokenizer, puzzles([])[row].prompt)

@@ -356,10 +356,7 @@ def test_a_user_who_writes_the_sentinel(by_bytes):
             TURNS + "<|im_start|>{{ m.content }}{% endfor %}{{ 'x' * (messages[-1].content | length - 3) }}",
             "something else",
         ),
-        (
-            TURNS + "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}",
-            "each of 2 assistant turns",
-        ),
+        (TURNS + "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}", "each of 2 assistant turns"),
         (TURNS + "<|im_start|>{{ m.content }}{{ m.content }}{% endfor %}", "each of 2 assistant turns once"),
         (TURNS + "{{ m.content }}{% endfor %}{{ raise_exception('no') }}", "into the chat template: no"),
         (TURNS + "{{ m.content }}", "into the chat template"),
