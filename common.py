@@ -147,9 +147,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 def load_datasets(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
     ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
-    if args.eval_steps == 0:
-        eval_dataset = None
-    elif eval_dataset is None and (args.eval_dataset or train_dataset is None):
+    if args.eval_steps > 0 and eval_dataset is None and (args.eval_dataset or train_dataset is None):
         name = args.eval_dataset or args.dataset
         # A file has one split: named as the evaluation set, its rows are the evaluation set.
         split = "train" if args.eval_dataset and envs.is_file(name) else "eval"
@@ -159,7 +157,7 @@ def load_datasets(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any
             raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
     if train_dataset is None:
         train_dataset = envs.load_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed, **ranges)
-    return train_dataset, eval_dataset
+    return train_dataset, eval_dataset if args.eval_steps > 0 else None
 
 
 @functools.lru_cache(maxsize=2)
@@ -281,7 +279,9 @@ def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any
 def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to write."""
     text = render(tokenizer, envs.with_text_content(messages), template_args, prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the BOS token already
+    return tokenizer(text, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]  # the template has written the BOS token already
 
 
 def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list, str]:
@@ -338,19 +338,18 @@ def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -
     A token belongs to the turn that its last character does. Raises a UserError as `find_turns` does.
     """
     text, spans, _ = find_turns(tokenizer, envs.with_text_content(messages), template_args)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    special, _ = added_tokens(tokenizer, len(tokenizer))
-    loss_mask, n, trained = [], 0, set()
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if token in special:
-            end = start + len(text[start:end].rstrip())  # some take the white space behind them along
-        while n < len(spans) - 1 and end > spans[n][1]:
-            n += 1
-        loss_mask.append(int(spans[n][0] < end <= spans[n][1]))
-        trained.add(n if loss_mask[-1] else None)
-    if lost := [n + 1 for n, (start, end) in enumerate(spans) if n not in trained and start < end]:
-        raise UserError(f"assistant turn {lost[0]} has no token of its own: {text[slice(*spans[lost[0] - 1])]!r}")
-    return encoded["input_ids"], loss_mask
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, special = encoded["input_ids"], added_tokens(tokenizer, len(tokenizer))[0]
+    ends = [  # of the tokens; special ones may take along the white space behind them
+        start + len(text[start:end].rstrip()) if token in special else end
+        for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+    begins, stops = np.array(spans).T
+    turns = np.searchsorted(stops, ends)  # for each token the first turn that does not end before it
+    trained = np.append(begins, len(text))[turns] < ends
+    for n in set(np.flatnonzero(begins < stops)) - set(turns[trained]):
+        raise UserError(f"assistant turn {n + 1} has no token of its own: {text[begins[n] : stops[n]]!r}")
+    return ids, trained.astype(int).tolist()
 
 
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -9,6 +9,7 @@ The first argument is the script, grpo or onpolicy_distill; the rest are its fla
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,5 +19,11 @@ import common
 
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv.pop(1))
-    common.stop_token_ids = lambda model, tokenizer: [10**9]  # no token has this id
+    initialize = common.HFEngine.__init__
+
+    def initialize_endless(engine: common.HFEngine, *args: Any) -> None:
+        initialize(engine, *args)
+        engine.stop_ids = [10**9]  # no token has this id
+
+    common.HFEngine.__init__ = initialize_endless
     common.run(script.main, tyro.cli(script.Args))

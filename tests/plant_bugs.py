@@ -97,8 +97,8 @@ BUGS = {  # name -> file, what stands there once, what is planted
     ),
     "header trained where it swallows a line end": (
         "common.py",
-        "end = start + len(text[start:end].rstrip())",
-        "end += 0",
+        "start + len(text[start:end].rstrip()) if token in special else end",
+        "end",
     ),
     "thinking not trained": ("common.py", "                start = len(prompt)\n", "                pass\n"),
     "turn found by its text, wherever that stands": (
