@@ -158,15 +158,15 @@ def encode(
     return encoded, dropped
 
 
-def show(tokenizer: Any, ids: list[int], loss_mask: list[int], newline: str = "\n") -> Text:
+def show(tokenizer: Any, ids: list[int], loss_mask: list[int], short: bool = False) -> Text:
     """A conversation, what trains of it in green and between « and », the counts and the token that it ends with."""
-    text, trained = Text(), sum(loss_mask)
+    text = Text()
     for trains, run in itertools.groupby(zip(ids, loss_mask, strict=True), key=lambda pair: pair[1]):
-        words = tokenizer.decode([token for token, _ in run]).replace("\n", newline)
+        words = tokenizer.decode([token for token, _ in run])
+        words = common.shorten(words) if short else words
         text.append(f"«{words}»" if trains else words, "bold green" if trains else "")
-    last = max(t for t, trains in enumerate(loss_mask) if trains)
-    end = repr(tokenizer.decode([ids[last]]))
-    return text.append(f"{newline}[{trained} of {len(ids)} tokens train, the last is {end}]", "dim")
+    end = tokenizer.decode([max(zip(loss_mask, range(len(ids)), ids, strict=True))[2]])  # of the last that trains
+    return text.append(f" [{sum(loss_mask)} of {len(ids)} tokens train, the last is {end!r}]", "dim")
 
 
 def inspect(args: Args, dataset: Any = None) -> None:
@@ -260,7 +260,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.say(
         f"batch      {args.batch_size * accelerator.num_processes} conversations a step, learning rate {learning_rate}"
     )
-    run.console.print("example   ", show(tokenizer, *conversations[0], newline="\\n"))
+    run.console.print("example   ", show(tokenizer, *conversations[0], short=True))
 
     if run.step == 0 and eval_conversations:
         run.log(0, evaluate())

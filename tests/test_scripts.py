@@ -80,6 +80,21 @@ def test_group_of_equal_rewards_everywhere_means_no_update(tmp_path):
     assert read_metrics(tmp_path / "run")[0]["reward/zero_std_frac"] == 1
 
 
+def test_a_given_chat_template_is_used_and_saved(tmp_path):
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{% for m in messages %}{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}assistant>")
+    for script in ("sft.py", "grpo.py", "onpolicy_distill.py"):
+        flags = [*(FAST if script != "sft.py" else FAST[:-2]), "--chat-template", mine, "--max-val", 9]
+        done = run_main(script, *flags, "--output-dir", tmp_path / script)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / script / "final" / "chat_template.jinja").read_text() == mine.read_text()
+    flags = ["--model", tmp_path / "grpo.py" / "final", "--num-samples", 2, "--max-new-tokens", 4]
+    done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out", "--chat-template", mine)
+    assert done.returncode == 0, done.stderr
+    done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out", "--chat-template", tmp_path / "none")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 def test_evaluate_writes_results(tmp_path):
     flags = ["--num-samples", 6, "--num-completions", 3, "--temperature", 1, "--max-new-tokens", 24]
     done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out")

@@ -71,7 +71,7 @@ def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run_main("sft.py", "--dataset", tmp_path / "data.jsonl", "--inspect", 2)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "<|im_start|>assistant\n«yes 🙂<|im_end|>»\n\n[9 of " in done.stdout
+    assert "<|im_start|>assistant\n«yes 🙂<|im_end|>»\n [9 of " in done.stdout
     assert "tokens train, the last is '<|im_end|>']" in done.stdout
     assert "dropped 1 of 2 rows longer than 512 tokens" in done.stdout
     assert "«c" not in done.stdout  # two rows were asked for
