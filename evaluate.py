@@ -120,10 +120,8 @@ def main(args: Args, dataset: Any = None) -> None:
 
     # Load the model
     dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
-    tokenizer, template_args = (
-        common.load_tokenizer(args.model, args.chat_template),
-        json.loads(args.chat_template_args),
-    )
+    tokenizer = common.load_tokenizer(args.model, args.chat_template)
+    template_args = json.loads(args.chat_template_args)
     tokens_line = common.check_tokenizer(tokenizer, args.model, template_args)
     model = common.load_model(args.model, accelerator.device, attn, dtype)
     engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)

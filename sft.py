@@ -173,10 +173,8 @@ def inspect(args: Args, dataset: Any = None) -> None:
     """Prints the first encoded conversations, as many as --inspect says. Loads no weights and writes nothing."""
     common.check_args(args)
     dataset = common.load_datasets(args, dataset, None)[0]
-    tokenizer, template_args = (
-        common.load_tokenizer(args.model, args.chat_template),
-        json.loads(args.chat_template_args),
-    )
+    tokenizer = common.load_tokenizer(args.model, args.chat_template)
+    template_args = json.loads(args.chat_template_args)
     context = common.context_length(common.load_config(args.model))
     rows = [dataset[i] for i in range(min(args.inspect or 0, len(dataset)))]
     conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context), template_args)

@@ -109,6 +109,15 @@ def test_start_up_says_what_begins_ends_and_pads(folder):
 def test_a_tokenizer_of_another_model_is_refused(folder):
     with pytest.raises(UserError, match="has 300 tokens, the model 299 rows"):
         check(folder, lambda tokenizer: tokenizer.add_tokens("<more>"))
+    placeholder = {"additional_special_tokens": ["<image>"]}
+    assert "300 tokens in 299 rows" in check(folder, lambda tokenizer: tokenizer.add_special_tokens(placeholder))
+
+    def use_it(tokenizer):
+        tokenizer.add_special_tokens(placeholder)
+        tokenizer.chat_template = "<image>" + tokenizer.chat_template
+
+    with pytest.raises(UserError, match="has 300 tokens, the model 299 rows"):
+        check(folder, use_it)
     rewrite(folder / "generation_config.json", eos_token_id=[2, 50256])
     with pytest.raises(UserError, match=r"stop tokens \[2, 50256\] of 299: correct eos_token_id"):
         check(folder)
