@@ -290,6 +290,29 @@ def test_local_folder_by_the_datasets_library(tmp_path, monkeypatch):
         load_dataset("no-such/dataset-anywhere")
 
 
+def test_columns_of_hub_datasets(tmp_path, monkeypatch):
+    """What the library reads: columns of one type, with None where a row lacks a key."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    user, tool = {"role": "user", "content": "hi"}, {"role": "tool", "content": "5", "tool_call_id": "a"}
+    turns = [user, {"role": "assistant", "content": "call"}, tool, {"role": "assistant", "content": "yes"}]
+    for columns, target in (
+        ({"messages": turns, "source": "x"}, "yes"),
+        ({"prompt": "hi", "completion": "yes"}, "yes"),
+        ({"prompt": [user], "answer": 5}, r"\boxed{5}"),
+        ({"question": "hi", "answer": "5"}, r"\boxed{5}"),
+    ):
+        folder = tmp_path / "-".join(columns)
+        folder.mkdir()
+        write(folder / "train.jsonl", columns)
+        (env,) = load_dataset(str(folder))
+        assert env.prompt[0]["content"] == "hi"
+        assert env.get_target() == target
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "train.jsonl", {"text": "x", "label": 1})
+    with pytest.raises(UserError, match=r"other train row 0: neither messages nor prompt in \['text', 'label'\]"):
+        load_dataset(str(tmp_path / "other"))
+
+
 def test_ranges_belong_to_math_alone(tmp_path):
     path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": 1})
     with pytest.raises(UserError, match="--min-val"):
