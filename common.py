@@ -290,9 +290,9 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
     The conversation is rendered a second time with a sentinel in place of each assistant text. What stands between the
     sentinels is the template's own: with the texts put back, trimmed or not, it must be the rendering, character for
     character. Thinking, up to `</think>`, stays in the second rendering, for templates rewrite it or drop it from
-    earlier turns; a turn that keeps it begins where the generation prompt ends. The end-of-turn token is what follows
-    the last turn ("" if nothing does), with white space before it, and belongs to each turn that it follows. Another
-    special token there is the header of the next message, or does not stop generation (gpt-oss).
+    earlier turns; where one keeps it, the turn begins with what of it the generation prompt does not write. The
+    end-of-turn token is what follows the last turn ("" if nothing does), with white space before it, and belongs to
+    each turn that it follows; another token there heads the next message, or does not stop generation (gpt-oss).
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -312,20 +312,20 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
 
     spans, position = [], 0
     for n, i in enumerate(turns):
-        thinking, mark, answer = messages[i]["content"].rpartition("</think>")
+        thinking, _, answer = messages[i]["content"].rpartition("</think>")
         trimmed = (answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n"))
         found = next((w for t in trimmed if text.startswith(w := literals[n] + t + literals[n + 1], position)), None)
         if found is None:
             what = shorten(literals[n] + answer + literals[n + 1])
             raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
         start, position = position + len(literals[n]), position + len(found) - len(literals[n + 1])
-        if mark:
+        thought = thinking.replace("<think>", "").strip()
+        if thought and thought in literals[n]:  # kept, or the user's words are the same
             prompt = render(tokenizer, messages[:i], template_args, prompt=True)
-            thought = thinking.replace("<think>", "").strip()
-            if text.startswith(prompt) and len(prompt) <= start:
-                start = len(prompt)
-            elif thought and thought in literals[n]:
+            if not text.startswith(prompt):
                 raise UserError(f"the generation prompt does not lead to the thinking of assistant turn {n + 1}")
+            if thought in text[len(prompt) : start]:
+                start = max(len(prompt), text.find("<think>", len(prompt), start))
         spans.append((start, position + len(end_of_turn) * text.startswith(end_of_turn, position)))
     if text[position:] != literals[-1]:
         raise UserError(f"the chat template writes something else after the last assistant turn: {text[position:]!r}")

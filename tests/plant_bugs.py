@@ -100,7 +100,12 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "start + len(text[start:end].rstrip()) if token in special else end",
         "end",
     ),
-    "thinking not trained": ("common.py", "                start = len(prompt)\n", "                pass\n"),
+    "thinking not trained": ("common.py", "start = max(len(prompt), text.find(", "max(len(prompt), text.find("),
+    "header of the thinking trained": (
+        "common.py",
+        'max(len(prompt), text.find("<think>", len(prompt), start))',
+        "len(prompt)",
+    ),
     "turn found by its text, wherever that stands": (
         "common.py",
         "if text.startswith(w := literals[n] + t + literals[n + 1], position)",

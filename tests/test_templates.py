@@ -301,6 +301,25 @@ def test_thinking_trains_where_the_template_keeps_it(by_bytes):
     assert trained(deepseek, chat("Hi", thought)) == ["\n\nYes<｜end▁of▁sentence｜>"]  # dropped everywhere
 
 
+def test_thinking_among_what_the_template_writes(by_bytes):
+    """A header before it and tags that the template always writes do not train; nor do words that are the user's."""
+    glm = copy.deepcopy(by_bytes["glm4, without an end of turn"])
+    keeps = (
+        "{% set parts = m.content.split('</think>') %}<|assistant|>\n<think>{{ parts[0][7:].strip() if loop.last and"
+    )
+    keeps += " parts | length > 1 }}</think>\n{{ parts[-1].strip() }}"
+    user = "<|user|>\n{{ m.content }}"
+    glm.chat_template = TURNS + "{% if m.role == 'user' %}" + user + "{% else %}" + keeps + "{% endif %}{% endfor %}"
+    glm.chat_template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    hm = "<think>hm</think>Yes"
+    assert trained(glm, chat("Hi", hm)) == ["<think>hm</think>\nYes"]
+    assert trained(glm, chat("Hi", "Yes")) == ["Yes"]
+    assert trained(glm, chat("Hi", hm, "Bye", "No")) == ["Yes", "No"]
+    assert trained(glm, chat("hm", hm, "hm", hm)) == ["Yes", "<think>hm</think>\nYes"]
+    glm.chat_template = glm.chat_template.replace("<|assistant|>{% endif %}", "<|assistant|>\n<think>{% endif %}")
+    assert trained(glm, chat("hm", hm, "hm", hm)) == ["Yes", "hm</think>\nYes"]  # the prompt writes the tag
+
+
 def test_thinking_that_generation_cannot_reach_is_refused(by_bytes):
     tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
     tokenizer.chat_template = TURNS + CHATML + "{% if add_generation_prompt %}<|im_start|>ai\n{% endif %}"
