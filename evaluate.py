@@ -5,8 +5,10 @@
 
 pass@k is the unbiased estimate of https://arxiv.org/abs/2107.03374 (section 2.1): that one of k samples solves it.
 The interval of the accuracy is a bootstrap over problems: completions of one problem are not independent.
+--compare is paired: the difference of two models on each problem, whose interval is narrower than those of the two.
 
 Laptop:  python evaluate.py --model tiny
+         python evaluate.py --model runs/grpo/final --compare runs/evaluate-tiny/results.jsonl
 GPU:     accelerate launch evaluate.py --model runs/grpo/final --dataset gsm8k --num-completions 8 --temperature 1
 """
 
@@ -38,7 +40,7 @@ class Args:
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
     chat_template: str | None = None
-    """a Jinja file to use in place of the model's own chat template; saved with the model"""
+    """a Jinja file to use in place of the model's own chat template"""
     chat_template_args: str = "{}"
     """JSON object passed to the chat template, such as '{"enable_thinking": false}'"""
 
@@ -67,6 +69,8 @@ class Args:
     # Run
     output_dir: str | None = None
     """where results.jsonl and metrics.json go; default runs/evaluate-<model>-<time>"""
+    compare: str | None = None
+    """results.jsonl of an earlier evaluation on the same problems: print the difference, with its interval"""
     seed: int = 1
     """of the problems and the sampling"""
 
@@ -84,6 +88,27 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 2000) -> 
     means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def load_solved(path: str, prompts: list[Any]) -> np.ndarray:
+    """Share of the completions in an earlier results.jsonl that are solved, of each problem. (P,)
+
+    Raises a UserError when it can't be read or its problems are not those of `prompts`, in the same order.
+    """
+    try:
+        records = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        rewards: dict[int, list[float]] = {}
+        for record in records:
+            rewards.setdefault(record["problem"], []).append(record["reward"])
+        theirs = {record["problem"]: record["prompt"] for record in records}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare {path}: not the results.jsonl of an evaluation ({error})") from None
+    for i, prompt in enumerate(prompts):
+        if theirs.get(i) != prompt:
+            raise UserError(f"--compare {path}: problem {i} is another one; use the same dataset flags and --seed")
+    if len(theirs) != len(prompts):
+        raise UserError(f"--compare {path}: it has {len(theirs)} problems, this evaluation {len(prompts)}")
+    return np.array([np.mean([reward >= 1.0 for reward in rewards[i]]) for i in range(len(prompts))])
 
 
 def summarize(records: list[dict[str, Any]], num_completions: int, seed: int) -> dict[str, float]:
@@ -118,6 +143,10 @@ def main(args: Args, dataset: Any = None) -> None:
     if (folder / "results.jsonl").exists():
         raise UserError(f"{folder} holds results already: choose another --output-dir")
 
+    before = (
+        None if args.compare is None else load_solved(args.compare, [dataset[i].prompt for i in range(len(dataset))])
+    )
+
     # Load the model
     dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
@@ -151,6 +180,11 @@ def main(args: Args, dataset: Any = None) -> None:
 
     # Report
     metrics = summarize(records, args.num_completions, args.seed)
+    if before is not None:
+        solved = np.array([r["reward"] >= 1.0 for r in records]).reshape(-1, args.num_completions).mean(axis=1)  # (P,)
+        low, high = bootstrap_interval(solved - before, args.seed)
+        metrics |= {"compare/accuracy": float(before.mean()), "compare/difference": float((solved - before).mean())}
+        metrics |= {"compare/difference_low": low, "compare/difference_high": high}
     metrics |= {"time/rollout": seconds, "perf/tokens_per_second": sum(r["tokens"] for r in records) / seconds}
     if not accelerator.is_main_process:
         return
@@ -163,6 +197,10 @@ def main(args: Args, dataset: Any = None) -> None:
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:,.4f}")
     console.print(table)
+    if before is not None:
+        after, difference = metrics["eval/accuracy"], metrics["compare/difference"]
+        words = f"accuracy {before.mean():.3f} -> {after:.3f}, difference {difference:+.3f}"
+        console.print(f"compared   {words} (95% interval {low:+.3f} to {high:+.3f})", style="bold")
     console.print(f"saved      {folder}")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAST, ROOT, read_metrics, run_main, run_script
@@ -107,6 +108,34 @@ def test_evaluate_writes_results(tmp_path):
     assert metrics["eval/pass@1"] == pytest.approx(metrics["eval/accuracy"])
     assert metrics["eval/pass@3"] >= metrics["eval/pass@2"] >= metrics["eval/pass@1"]
     assert "eval/pass@2" in done.stdout
+
+
+def test_two_evaluations_are_compared_problem_by_problem(tmp_path):
+    flags = ["--num-samples", 40, "--max-new-tokens", 24]
+    assert run_main("evaluate.py", *flags, "--output-dir", tmp_path / "one").returncode == 0
+    results = tmp_path / "one" / "results.jsonl"
+    flags = ["--model", "tiny-teacher", "--max-new-tokens", 24, "--compare", results]
+    done = run_main("evaluate.py", *flags, "--num-samples", 40, "--output-dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    one, two = (
+        [json.loads(line)["reward"] >= 1 for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert metrics["compare/accuracy"] == pytest.approx(sum(one) / 40)
+    assert metrics["compare/difference"] == pytest.approx((sum(two) - sum(one)) / 40)
+    assert metrics["compare/difference_low"] <= metrics["compare/difference"] <= metrics["compare/difference_high"]
+    paired = metrics["compare/difference_high"] - metrics["compare/difference_low"]
+    spread = np.std(np.array(two, float) - np.array(one, float)) / 40**0.5
+    assert paired == pytest.approx(2 * 1.96 * spread, rel=0.2)  # the bootstrap's is that of the paired differences
+    assert "compared   accuracy" in done.stdout
+    for other in (["--num-samples", 39], ["--num-samples", 40, "--seed", 2], ["--num-samples", 40, "--max-val", 9]):
+        done = run_main("evaluate.py", *flags, *other, "--output-dir", tmp_path / "three")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "problem" in done.stderr
+    done = run_main("evaluate.py", "--compare", tmp_path / "one" / "metrics.json", "--output-dir", tmp_path / "three")
+    assert (done.returncode, "not the results.jsonl" in done.stderr) == (2, True)
+    assert not (tmp_path / "three").exists()
 
 
 def test_trainer_and_evaluate_agree_on_the_same_problems(tmp_path):
