@@ -102,10 +102,7 @@ CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda v: 0 < v < math.inf, "a finite number above 0"),
     "group_size": (lambda v: v >= 2, "at least 2: a group of 1 has no baseline"),
     "clip_eps": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "chat_template_args": (
-        lambda v: type(json.loads(v)) is dict,
-        "a JSON object such as '{\"enable_thinking\": false}'",
-    ),
+    "chat_template_args": (lambda v: type(json.loads(v)) is dict, "an object such as '{\"enable_thinking\": false}'"),
 }
 
 
@@ -371,9 +368,7 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     prompt = render(tokenizer, PROBE[:1], template_args, prompt=True)
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]  # Gemma 3 has one, for images: no harm
     if not set(beyond) <= set(tokenizer.all_special_tokens) or any(t in tokenizer.chat_template for t in beyond):
-        raise UserError(
-            f"{model}: the tokenizer has {known:,} tokens, the model {rows:,} rows: one is of another model"
-        )
+        raise UserError(f"{model}: the tokenizer has {known:,} tokens, the model {rows:,} rows: take the model's own")
     if not stop_ids or stop_ids[-1] >= min(known, rows):
         raise UserError(f"{model}: stop tokens {stop_ids} of {known}: correct eos_token_id in generation_config.json")
     if bos and prompt.startswith(bos + bos):
