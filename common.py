@@ -376,6 +376,8 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     begin = f"BOS {bos}" if bos and prompt.startswith(bos) else "no BOS"
     stops, size = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids)), f"{known:,} tokens in {rows:,} rows"
     line = f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token}, {size}, context {context_length(config):,}"
+    if begin == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        line += f"\nwarning    the chat template writes no {bos}, with which the tokenizer begins any other text"
     if not end_of_turn:
         line += "\nwarning    the chat template ends no turn with a special token: turns train without a stop token"
     if prompt != text[:start]:

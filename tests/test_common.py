@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 import common
@@ -146,7 +147,15 @@ def test_one_bos_is_said_and_two_are_refused(folder):
     assert "BOS <|endoftext|>, stop" in check(folder, with_bos(1))
     with pytest.raises(UserError, match=r"writes <\|endoftext\|> twice: pass a --chat-template"):
         check(folder, with_bos(2))
-    assert "no BOS, stop" in check(folder, with_bos(0))
+    assert check(folder, with_bos(0)).count("\n") == 0
+
+    def begins_plain_text(tokenizer):
+        with_bos(0)(tokenizer)
+        only = [("<|endoftext|>", 0)]
+        processor = TemplateProcessing(single="<|endoftext|> $A", pair="$A $B", special_tokens=only)
+        tokenizer.backend_tokenizer.post_processor = processor
+
+    assert "warning    the chat template writes no <|endoftext|>, with which" in check(folder, begins_plain_text)
 
 
 def test_templates_that_train_other_than_they_generate_are_told(folder):
