@@ -218,9 +218,10 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     context = common.context_length(common.load_config(run.source))
     max_length = min(args.max_length or context, context)
     conversations, dropped = encode(train_dataset, tokenizer, max_length, template_args, run.console)
-    eval_conversations, eval_dropped = [], []
+    eval_conversations = []
     if eval_dataset is not None:
         eval_conversations, eval_dropped = encode(eval_dataset, tokenizer, max_length, template_args, run.console)
+        dropped += [f"evaluation: {line}" for line in eval_dropped]
 
     torch.manual_seed(args.seed)  # of --from-scratch; nothing else draws from torch's generator
     from_scratch = args.from_scratch and run.checkpoint is None
@@ -245,7 +246,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         metrics = evaluate_loss(accelerator, policy, eval_conversations, args.micro_batch_tokens)
         return metrics | (evaluator.evaluate()[0] if evaluator is not None else {})
 
-    run.begin(compute_dtype=str(dtype), attention=attn)
+    run.begin(compute_dtype=str(dtype), attention=attn, dropped=dropped)
     run.say(
         f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights" + from_scratch * ", random"
     )
@@ -253,7 +254,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.say(tokens_line)
     held_out = f"{len(eval_conversations)}" if eval_conversations else "off: no held-out split, or --eval-steps 0"
     run.say(f"data       {args.dataset}: {len(conversations)} conversations; evaluation {held_out}")
-    for line in [*dropped, *(f"evaluation: {line}" for line in eval_dropped)]:
+    for line in dropped:
         run.say(line, "yellow")
     run.say(
         f"batch      {args.batch_size * accelerator.num_processes} conversations a step, learning rate {learning_rate}"

@@ -132,7 +132,8 @@ def test_script_trains_multi_turn_messages_and_logs(tmp_path):
         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, '
     )
     data = tmp_path / "chats.jsonl"
-    data.write_text(f'{{"messages": {turns}{{"role": "assistant", "content": "d"}}]}}\n' * 4)
+    row = f'{{"messages": {turns}{{"role": "assistant", "content": "d"}}]}}\n'
+    data.write_text(row * 4 + row.replace('"c"', '"' + "c" * 600 + '"'))
     flags = ["--dataset", data, "--eval-dataset", data, "--num-steps", 3, "--batch-size", 2, "--logging-steps", 1]
     done = run_script("sft.py", *flags, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -140,3 +141,6 @@ def test_script_trains_multi_turn_messages_and_logs(tmp_path):
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["eval/ce_loss"] < lines[0]["eval/ce_loss"]
     assert "before/after eval/ce_loss" in done.stdout
+    dropped = "dropped 1 of 5 rows longer than 512 tokens"
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["dropped"] == [dropped, f"evaluation: {dropped}"]
+    assert f"\n{dropped}\nevaluation: {dropped}\n" in done.stdout
