@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two tests run at a time; threads that wait for each other spin
 
 import pytest
 import torch

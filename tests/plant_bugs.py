@@ -196,6 +196,7 @@ def first_failure(file: str, old: str, new: str) -> str | None:
             "-m",
             "pytest",
             "-x",
+            "-n0",
             "-q",
             "-p",
             "no:cacheprovider",
