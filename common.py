@@ -102,7 +102,7 @@ CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda v: 0 < v < math.inf, "a finite number above 0"),
     "group_size": (lambda v: v >= 2, "at least 2: a group of 1 has no baseline"),
     "clip_eps": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "chat_template_args": (lambda v: type(json.loads(v)) is dict, "an object such as '{\"enable_thinking\": false}'"),
+    "chat_template_args": (lambda v: type(json.loads(v)) is dict, "a JSON object, as '{\"enable_thinking\": false}'"),
 }
 
 
@@ -175,9 +175,7 @@ def pick_compute(dtype: str, attn: str, device: torch.device) -> tuple[torch.dty
     used = torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and has_bf16) else torch.float32
     flash_runs = has_flash and device.type == "cuda" and used != torch.float32
     attn = ("flash_attention_2" if flash_runs else "sdpa") if attn == "auto" else attn
-    reason = (
-        f"{device.type} {'with' if has_bf16 else 'without'} bf16, flash-attn {'' if has_flash else 'not '}installed"
-    )
+    reason = f"{device.type} with{'' if has_bf16 else 'out'} bf16, flash-attn {'' if has_flash else 'not '}installed"
     return used, attn, f"compute    {used}, attention {attn} ({reason})"
 
 
@@ -228,7 +226,7 @@ def context_length(config: Any) -> int:
 
 
 def load_model(
-    model: str, device: Any, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
+    model: str, device: torch.device, attn: str, dtype: torch.dtype = torch.float32, from_scratch: bool = False
 ) -> Any:
     """A causal language model; `from_scratch`: its configuration only, and random weights (seed torch before).
 
@@ -260,7 +258,7 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 # ---- Chat templates and masks: which tokens the assistant wrote ------------------------------------------------------
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # `_size` serves its key alone: a tokenizer to which tokens are added is read again
 def added_tokens(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern]:
     """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; and one of them, after white space."""
     names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
@@ -366,8 +364,9 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     rows = config.get_text_config().vocab_size
     text, ((start, _),), end_of_turn = find_turns(tokenizer, PROBE, template_args)
     prompt = render(tokenizer, PROBE[:1], template_args, prompt=True)
-    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]  # Gemma 3 has one, for images: no harm
-    if not set(beyond) <= set(tokenizer.all_special_tokens) or any(t in tokenizer.chat_template for t in beyond):
+    # A special token beyond the rows that the template does not write does no harm: Gemma 3 has one, for images.
+    beyond = [t for t, i in tokenizer.get_vocab().items() if i >= rows] if known > rows else []
+    if any(t not in tokenizer.all_special_tokens or t in tokenizer.chat_template for t in beyond):
         raise UserError(f"{model}: the tokenizer has {known:,} tokens, the model {rows:,} rows: take the model's own")
     if not stop_ids or stop_ids[-1] >= min(known, rows):
         raise UserError(f"{model}: stop tokens {stop_ids} of {known}: correct eos_token_id in generation_config.json")
@@ -651,7 +650,7 @@ class HFEngine:
 
     @torch.no_grad()
     def generate_batch(
-        self, prompts: list, seeds: list[int], max_new_tokens: int, temperature: float
+        self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
         width, device = max(map(len, prompts)), self.model.device
         rows = [[self.pad_id] * (width - len(p)) + p for p in prompts]
@@ -915,7 +914,9 @@ def fsync(path: Path) -> None:
 
 def publish(target: Path, write: Callable[[Path], None], manifest: dict[str, Any]) -> None:
     """Fills a folder beside `target`, then renames it there: a crash or a full disk never leaves a half-written one.
-    Every file reaches the disk before state.json, which lists their sizes, and that before the rename."""
+
+    Every file reaches the disk before state.json, which lists their sizes, and that before the rename.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a leftover of a killed run
     try:

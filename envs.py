@@ -159,7 +159,7 @@ class MathDataset(torch.utils.data.Dataset):
                     break
         if not self.envs:
             raise UserError(
-                f"no {operand} problem of the {split} split is from {min_val} to {max_val}: widen the range"
+                f"no {operand} problem of the {split} split has operands from {min_val} to {max_val}: widen the range"
             )
 
     def __len__(self) -> int:

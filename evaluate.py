@@ -90,32 +90,33 @@ def bootstrap_interval(values: np.ndarray, seed: int, resamples: int = 2000) -> 
     return float(low), float(high)
 
 
-def load_solved(path: str, prompts: list[Any]) -> np.ndarray:
-    """Share of the completions in an earlier results.jsonl that are solved, of each problem. (P,)
+def solved_share(records: list[dict[str, Any]], num_completions: int) -> np.ndarray:
+    """Share of each problem's completions that are solved, (P,), of `num_completions` records in a row for each."""
+    return np.array([r["reward"] >= 1.0 for r in records]).reshape(-1, num_completions).mean(axis=1)
+
+
+def load_solved_share(path: str, prompts: list[Any]) -> np.ndarray:
+    """`solved_share` of an earlier results.jsonl. (P,)
 
     Raises a UserError when it can't be read or its problems are not those of `prompts`, in the same order.
     """
     try:
         records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        rewards: dict[int, list[float]] = {}
-        for record in records:
-            rewards.setdefault(record["problem"], []).append(record["reward"])
-        theirs = {record["problem"]: record["prompt"] for record in records}
+        theirs = [record["prompt"] for record in records if record["sample"] == 0]
+        solved = solved_share(records, len(records) // max(len(theirs), 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--compare {path}: not the results.jsonl of an evaluation ({error})") from None
-    for i, prompt in enumerate(prompts):
-        if theirs.get(i) != prompt:
-            raise UserError(f"--compare {path}: problem {i} is another one; use the same dataset flags and --seed")
-    if len(theirs) != len(prompts):
-        raise UserError(f"--compare {path}: it has {len(theirs)} problems, this evaluation {len(prompts)}")
-    return np.array([np.mean([reward >= 1.0 for reward in rewards[i]]) for i in range(len(prompts))])
+    if theirs != prompts:
+        words = f"its {len(theirs)} problems are not the {len(prompts)} of this evaluation"
+        raise UserError(f"--compare {path}: {words}: use the same dataset flags and --seed")
+    return solved
 
 
 def summarize(records: list[dict[str, Any]], num_completions: int, seed: int) -> dict[str, float]:
     """Metrics of one record a completion, `num_completions` in a row for each problem."""
     rewards = np.array([r["reward"] for r in records]).reshape(-1, num_completions)  # (P, G)
     solved = rewards >= 1.0
-    low, high = bootstrap_interval(solved.mean(axis=1), seed)
+    low, high = bootstrap_interval(solved_share(records, num_completions), seed)
     metrics = {"eval/accuracy": float(solved.mean()), "eval/accuracy_low": low, "eval/accuracy_high": high}
     metrics |= {"eval/reward_mean": float(rewards.mean()), "eval/reward_std": float(rewards.std())}
     metrics["eval/partial_frac"] = float(((rewards > 0) & ~solved).mean())  # rewarded, not solved: right form only
@@ -143,9 +144,9 @@ def main(args: Args, dataset: Any = None) -> None:
     if (folder / "results.jsonl").exists():
         raise UserError(f"{folder} holds results already: choose another --output-dir")
 
-    before = (
-        None if args.compare is None else load_solved(args.compare, [dataset[i].prompt for i in range(len(dataset))])
-    )
+    before = None
+    if args.compare is not None:
+        before = load_solved_share(args.compare, [dataset[i].prompt for i in range(len(dataset))])
 
     # Load the model
     dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
@@ -181,9 +182,9 @@ def main(args: Args, dataset: Any = None) -> None:
     # Report
     metrics = summarize(records, args.num_completions, args.seed)
     if before is not None:
-        solved = np.array([r["reward"] >= 1.0 for r in records]).reshape(-1, args.num_completions).mean(axis=1)  # (P,)
-        low, high = bootstrap_interval(solved - before, args.seed)
-        metrics |= {"compare/accuracy": float(before.mean()), "compare/difference": float((solved - before).mean())}
+        differences = solved_share(records, args.num_completions) - before  # (P,)
+        low, high = bootstrap_interval(differences, args.seed)
+        metrics |= {"compare/accuracy": float(before.mean()), "compare/difference": float(differences.mean())}
         metrics |= {"compare/difference_low": low, "compare/difference_high": high}
     metrics |= {"time/rollout": seconds, "perf/tokens_per_second": sum(r["tokens"] for r in records) / seconds}
     if not accelerator.is_main_process:

@@ -176,7 +176,7 @@ def inspect(args: Args, dataset: Any = None) -> None:
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
     template_args = json.loads(args.chat_template_args)
     context = common.context_length(common.load_config(args.model))
-    rows = [dataset[i] for i in range(min(args.inspect or 0, len(dataset)))]
+    rows = [dataset[i] for i in range(len(dataset))[: args.inspect]]
     conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context), template_args)
     console = Console(highlight=False, soft_wrap=True)
     console.print(common.check_tokenizer(tokenizer, args.model, template_args), *dropped, sep="\n", markup=False)

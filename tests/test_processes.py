@@ -22,9 +22,8 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
 
 
 def start_two(script, *flags, launcher=TORCHRUN):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launcher, str(script), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def world_size(folder):

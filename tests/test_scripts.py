@@ -244,13 +244,13 @@ def test_a_mistake_is_one_line_and_code_2(name, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes_in_a_real_terminal_leave_no_traceback():
-    for run, script, flags in (
-        (run_script, "grpo.py", ["--group-size", 1]),
-        (run_script, "sft.py", ["--operand", "pow"]),
-        (run_main, "sft.py", ["--dataset", "missing.jsonl"]),
-        (run_main, "evaluate.py", ["--model", "no/such-model"]),
-        (run_main, "grpo.py", ["--no-such-flag"]),
+    for script, flags in (
+        ("grpo.py", ["--group-size", 1]),
+        ("sft.py", ["--dataset", "missing.jsonl"]),
+        ("evaluate.py", ["--model", "no/such-model"]),
+        ("sft.py", ["--operand", "pow"]),
+        ("grpo.py", ["--no-such-flag"]),
     ):
-        done = run(script, *flags)
+        done = run_script(script, *flags)
         assert done.returncode == 2, (script, flags, done.stderr)
         assert "Traceback" not in done.stdout + done.stderr
