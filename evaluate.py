@@ -63,8 +63,12 @@ class Args:
     """0: greedy"""
     max_new_tokens: int = 256
     """longest completion"""
+    engine: Literal["hf", "vllm"] = "hf"
+    """what samples completions: transformers' generate, or vLLM"""
+    vllm_args: str = "{}"
+    """JSON object of arguments for vllm.LLM, such as '{"tensor_parallel_size": 2}'"""
     micro_batch_tokens: int = 4096
-    """the memory knob, as in the trainers: generation holds 16 times as many tokens"""
+    """the memory knob of hf, as in the trainers: generation holds 16 times as many tokens"""
 
     # Run
     output_dir: str | None = None
@@ -153,14 +157,18 @@ def main(args: Args, dataset: Any = None) -> None:
     tokenizer = common.load_tokenizer(args.model, args.chat_template)
     template_args = json.loads(args.chat_template_args)
     tokens_line = common.check_tokenizer(tokenizer, args.model, template_args)
-    model = common.load_model(args.model, accelerator.device, attn, dtype)
-    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
+    if args.engine == "vllm":
+        engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args)
+        compute_line = f"compute    {dtype}, attention vLLM's own"
+    else:
+        model = common.load_model(args.model, accelerator.device, attn, dtype)
+        engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
 
     # Sample and score
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
-    console.print(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M parameters")
     size = accelerator.num_processes
-    console.print(f"{compute_line}, {size} process(es)")
+    console.print(f"model      {args.model}, engine {engine.name}, {size} process(es)")
+    console.print(compute_line)
     console.print(tokens_line, markup=False)
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
     started = time.perf_counter()
@@ -192,7 +200,12 @@ def main(args: Args, dataset: Any = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "results.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    about = vars(args) | {"problems": len(dataset), "num_processes": size, "git_revision": common.git_revision()}
+    about = vars(args) | {
+        "problems": len(dataset),
+        "num_processes": size,
+        "engine_version": engine.name,
+        "git_revision": common.git_revision(),
+    }
     (folder / "metrics.json").write_text(json.dumps(about | metrics, indent=2) + "\n")
     table = Table("metric", "value", title=f"{args.model} on {args.dataset}")
     for metric, value in metrics.items():

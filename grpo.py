@@ -72,6 +72,12 @@ class Args:
     """longest completion"""
     temperature: float = 1.0
     """of sampling; the loss differentiates the same distribution"""
+    engine: Literal["hf", "vllm"] = "hf"
+    """what samples completions: transformers' generate, or vLLM in the same process"""
+    vllm_args: str = "{}"
+    """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
+    max_logprob_gap: float = 0.1
+    """stop if trainer and engine differ by more nats a token in the first step: the weights did not arrive"""
 
     # Algorithm
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
@@ -87,6 +93,11 @@ class Args:
     """and at 1 + clip_eps_high"""
     kl_penalty: float = 0.0
     """weight of the KL divergence to the initial model; 0: none, and no reference model is loaded"""
+    is_correction: Literal["none", "token", "sequence"] | None = None
+    """weigh the policy term by how much likelier the trainer holds what the engine sampled: each token by its own ratio
+    or by that of its whole completion; default: token with vllm, none with hf"""
+    is_cap: float = 2.0
+    """largest weight of --is-correction"""
     mask_truncated: bool = False
     """completions cut at --max-new-tokens do not train (their rewards still count in the group's mean)"""
 
@@ -189,6 +200,19 @@ def grpo_loss(
     return loss, {name: torch.where(mask, value.detach(), 0).sum() for name, value in sums.items()}
 
 
+def importance_weights(log_ratio: torch.Tensor, correction: str, cap: float) -> torch.Tensor:
+    """Truncated importance sampling: min(pi_old / pi_engine, cap) of the tokens that the engine sampled. (B, T)
+
+    Args:
+        log_ratio: log pi_old - log pi_engine, (B, T), 0 where nothing trains.
+        correction: `token` (https://fengyao.notion.site/off-policy-rl), or `sequence`: the product over a completion
+            for each of its tokens, without bias but for the cap, of more variance (https://richardli.xyz/rl-collapse).
+    """
+    if correction == "sequence":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
+    return log_ratio.exp().clamp(max=cap)
+
+
 def explain_no_gradient(rewards: torch.Tensor, truncated: torch.Tensor) -> str:
     """Why no group of the step has a gradient: rewards (P, G), truncated (P, G)."""
     right, wrong = (rewards >= 1.0).all(dim=1), (rewards < 1.0).all(dim=1)
@@ -201,6 +225,7 @@ def explain_no_gradient(rewards: torch.Tensor, truncated: torch.Tensor) -> str:
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
     default_learning_rate = 3e-4 if args.model in common.BUNDLED else 1e-6
     learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
+    is_correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
 
     # --- same in sft.py, grpo.py, onpolicy_distill.py ---
     accelerator = common.start(args)
@@ -232,7 +257,12 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
     optimizer = common.make_optimizer(policy, args.weight_decay)
     common.restore_optimizer(run, optimizer)
-    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
+    # --- end ---
+    # --- same in grpo.py, onpolicy_distill.py ---
+    if args.engine == "vllm":
+        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, trains=True)
+    else:
+        engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
     # --- end ---
     evaluator = None
     if eval_dataset is not None:
@@ -240,18 +270,20 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
-    run.begin(compute_dtype=str(dtype), attention=attn)
+    run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name, is_correction=is_correction)
     local_size = args.batch_size * args.group_size  # B: completions of this process
     total_size = local_size * accelerator.num_processes
     size = f"{total_size // args.group_size} prompts x {args.group_size} completions a step"
     run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights")
     run.say(compute_line)
     run.say(tokens_line)
+    run.say(f"engine     {engine.name}, importance sampling correction {is_correction}")
     held_out = f"{len(eval_dataset)} problems" if evaluator else "off: no held-out split, or --eval-steps 0"
     run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
     run.say(f"batch      {size}, learning rate {learning_rate}")
 
     if evaluator is not None and run.step == 0:
+        engine.sync(model)
         run.log(0, evaluator.evaluate()[0])
     dead_steps = 0  # in a row, without any gradient
     for step in range(run.step + 1, args.num_steps + 1):
@@ -272,6 +304,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             raise SystemExit(128 + stop)
         texts = [completion.text(tokenizer) for completion in completions]
         rollout_seconds = time.perf_counter() - started
+        if step == run.step + 1:  # the first of this process: weights that did not arrive show at once
+            common.check_engine(accelerator, policy, args, [prompts[i] for i in rows], completions)
         # --- end ---
 
         # 2. reward
@@ -298,9 +332,11 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens, computed)
         batch_advantages = [batch.take(advantages.flatten().to(accelerator.device)) for batch in batches]
-        engine_logprobs = [batch.take_tokens([c.logprobs for c in completions]) for batch in batches]  # (N,) each
+        engine_logprobs = [batch.take_tokens([c.logprobs for c in completions]) for batch in batches]  # (B, T) each
         old_logprobs: list[torch.Tensor] = []
         ref_logprobs: list[torch.Tensor] = []
+        log_ratios: list[torch.Tensor] = []  # of pi_old to the engine's
+        weights: list[torch.Tensor] = []
         sums: Any = Counter()
         total_loss, grad_norm = 0.0, 0.0
         for ppo_step in range(args.ppo_steps if batches else 0):
@@ -310,6 +346,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                     logprobs, _ = common.token_logprobs(policy, *inputs)  # (B, T)
                     if ppo_step == 0:
                         old_logprobs.append(logprobs.detach())
+                        log_ratios.append(old_logprobs[n] - engine_logprobs[n])  # (B, T)
+                        if is_correction != "none":
+                            weights.append(importance_weights(log_ratios[n], is_correction, args.is_cap))
                         if reference is not None:
                             with torch.no_grad():
                                 ref_logprobs.append(common.token_logprobs(reference, *inputs)[0])
@@ -324,11 +363,10 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                         loss_type=args.loss_type,
                         ref_logprobs=ref_logprobs[n] if ref_logprobs else None,
                         kl_penalty=args.kl_penalty,
+                        importance_weights=weights[n] if weights else None,
                     )
                     common.backward(accelerator, loss)
                 sums.update(metrics_of_batch)
-                trainer_logprobs = old_logprobs[n][batch.loss_mask.bool()]  # (N,)
-                sums["policy/logprob_gap"] += (engine_logprobs[n] - trainer_logprobs).abs().sum()
                 total_loss += loss.item()
             grad_norm += common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
         step_seconds = time.perf_counter() - started
@@ -348,6 +386,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             per_sample["completion/truncated_frac"] = truncated.sum()
             metrics = common.reduce_metrics(accelerator, sums, computed_tokens * args.ppo_steps)
             metrics |= common.reduce_metrics(accelerator, {"loss/total": total_loss}, args.ppo_steps)
+            if batches:
+                metrics |= common.engine_gap(accelerator, log_ratios, computed_tokens)
             metrics |= common.reduce_metrics(accelerator, per_sample, total_size)
             tokens = metrics["completion/length_mean"] * total_size
             entropy = {"policy/entropy": -sum(sum(c.logprobs) for c in completions)}
@@ -367,6 +407,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         # 6. evaluate and save
         # --- same in grpo.py, onpolicy_distill.py ---
         if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
+            engine.sync(model)
             metrics |= evaluator.evaluate()[0]
         # --- end ---
         # --- same in sft.py, grpo.py, onpolicy_distill.py ---

@@ -78,6 +78,12 @@ class Args:
     """longest completion"""
     temperature: float = 1.0
     """of sampling; in the loss it divides the logits of student and teacher alike"""
+    engine: Literal["hf", "vllm"] = "hf"
+    """what samples completions: transformers' generate, or vLLM in the same process"""
+    vllm_args: str = "{}"
+    """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
+    max_logprob_gap: float = 0.1
+    """stop if trainer and engine differ by more nats a token in the first step: the weights did not arrive"""
 
     # Algorithm
     loss: Literal["full", "sampled"] = "full"
@@ -230,7 +236,12 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
     optimizer = common.make_optimizer(policy, args.weight_decay)
     common.restore_optimizer(run, optimizer)
-    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
+    # --- end ---
+    # --- same in grpo.py, onpolicy_distill.py ---
+    if args.engine == "vllm":
+        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, trains=True)
+    else:
+        engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
     # --- end ---
     evaluator = None
     if eval_dataset is not None and has_rewards(eval_dataset):
@@ -238,18 +249,20 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
-    run.begin(compute_dtype=str(dtype), attention=attn)
+    run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name)
     total_size = args.batch_size * accelerator.num_processes
     rewarded = has_rewards(train_dataset)  # distillation needs no reward, but shows it where there is one
     run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights")
     run.say(f"teacher    {args.teacher_model}: {teacher.model.num_parameters() / 1e6:.1f} M weights, frozen, {dtype}")
     run.say(compute_line)
     run.say(tokens_line)
+    run.say(f"engine     {engine.name}")
     held_out = f"{len(eval_dataset)} problems" if evaluator else "off: no held-out rewards, or --eval-steps 0"
     run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
     run.say(f"batch      {total_size} completions a step, learning rate {learning_rate}")
 
     if evaluator is not None and run.step == 0:
+        engine.sync(model)
         run.log(0, evaluator.evaluate()[0])
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. rollout
@@ -268,6 +281,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             raise SystemExit(128 + stop)
         texts = [completion.text(tokenizer) for completion in completions]
         rollout_seconds = time.perf_counter() - started
+        if step == run.step + 1:  # the first of this process: weights that did not arrive show at once
+            common.check_engine(accelerator, policy, args, [prompts[i] for i in rows], completions)
         # --- end ---
 
         # 2. reward
@@ -284,10 +299,11 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         trained_tokens = common.global_sum(accelerator, sum(len(c.token_ids) for c in completions))
         batches = common.micro_batches(accelerator, sequences, args.micro_batch_tokens)
         chunk_options = {"teacher": teacher, "temperature": args.temperature, "denominator": trained_tokens}
+        log_ratios = []  # of the student's probabilities to the engine's, (N,) each
         sums: Any = Counter()
         total_loss = 0.0
         for batch in batches:
-            engine_logprobs = batch.take_tokens([c.logprobs for c in completions])  # (N,)
+            engine_logprobs = batch.take_tokens([c.logprobs for c in completions])[batch.loss_mask.bool()]  # (N,)
             inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)
             with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
                 if args.loss == "full":
@@ -308,7 +324,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                     sums.update(metrics_of_batch | {"teacher/entropy": entropy.sum()})
                     logprobs = student_logprobs.detach()[batch.loss_mask.bool()]  # (N,)
                 common.backward(accelerator, loss)
-            sums["policy/logprob_gap"] += (engine_logprobs - logprobs).abs().sum()
+            log_ratios.append(logprobs - engine_logprobs)
             total_loss += loss.item()
         lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         grad_norm = common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
@@ -322,6 +338,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             per_sample["completion/truncated_frac"] = sum(c.finish_reason == "length" for c in completions)
             entropy = {"policy/entropy": -sum(sum(c.logprobs) for c in completions)}
             metrics = common.reduce_metrics(accelerator, sums | entropy, trained_tokens)
+            metrics |= common.engine_gap(accelerator, log_ratios, trained_tokens)
             metrics |= common.reduce_metrics(accelerator, per_sample, total_size)
             metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
             metrics |= {"time/rollout": rollout_seconds, "time/train": step_seconds - rollout_seconds}
@@ -339,6 +356,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         # 6. evaluate and save
         # --- same in grpo.py, onpolicy_distill.py ---
         if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
+            engine.sync(model)
             metrics |= evaluator.evaluate()[0]
         # --- end ---
         # --- same in sft.py, grpo.py, onpolicy_distill.py ---

@@ -98,6 +98,10 @@ class Args:
     """also let the model answer the evaluation prompts, greedily, and log the rewards"""
     max_new_tokens: int = 256
     """longest completion for --eval-sample-completions"""
+    engine: Literal["hf", "vllm"] = "hf"
+    """what samples them: transformers' generate, or vLLM in the same process"""
+    vllm_args: str = "{}"
+    """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
 
     # Run
     output_dir: str | None = None
@@ -234,31 +238,35 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
     optimizer = common.make_optimizer(policy, args.weight_decay)
     common.restore_optimizer(run, optimizer)
-    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
     # --- end ---
     evaluator = None
     if args.eval_sample_completions and eval_dataset is not None:
+        if args.engine == "vllm":
+            engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, trains=True)
+        else:
+            engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens, dtype)
         evaluator = common.Evaluator(
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
     def evaluate() -> dict[str, float]:
         metrics = evaluate_loss(accelerator, policy, eval_conversations, args.micro_batch_tokens)
-        return metrics | (evaluator.evaluate()[0] if evaluator is not None else {})
+        if evaluator is not None:
+            evaluator.engine.sync(model)
+            metrics |= evaluator.evaluate()[0]
+        return metrics
 
     run.begin(compute_dtype=str(dtype), attention=attn, dropped=dropped)
-    run.say(
-        f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights" + from_scratch * ", random"
-    )
+    origin = ", random" if from_scratch else ""
+    run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights{origin}")
     run.say(compute_line)
     run.say(tokens_line)
     held_out = f"{len(eval_conversations)}" if eval_conversations else "off: no held-out split, or --eval-steps 0"
     run.say(f"data       {args.dataset}: {len(conversations)} conversations; evaluation {held_out}")
     for line in dropped:
         run.say(line, "yellow")
-    run.say(
-        f"batch      {args.batch_size * accelerator.num_processes} conversations a step, learning rate {learning_rate}"
-    )
+    total_size = args.batch_size * accelerator.num_processes
+    run.say(f"batch      {total_size} conversations a step, learning rate {learning_rate}")
     run.console.print("example   ", show(tokenizer, *conversations[0], short=True))
 
     if run.step == 0 and eval_conversations:
@@ -267,8 +275,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         # 1. batch
         started = time.perf_counter()
         first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
-        rows = common.data_order(len(conversations), args.seed, first, args.batch_size)
-        sequences = [conversations[i] for i in rows]
+        sequences = [conversations[i] for i in common.data_order(len(conversations), args.seed, first, args.batch_size)]
         tokens = common.global_sum(accelerator, sum(sum(loss_mask) for _, loss_mask in sequences))
 
         # 2. loss and update
