@@ -98,7 +98,7 @@ CONDITIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), (lambda v: v >= 0, "0 or more")),
     **dict.fromkeys(("min_val", "max_val"), (lambda _: True, "")),
     **dict.fromkeys(("learning_rate", "weight_decay", "kl_penalty", "clip_eps_high"), FINITE),
-    "max_grad_norm": (lambda v: v > 0, "above 0 (inf turns clipping off)"),
+    **dict.fromkeys(("max_grad_norm", "max_logprob_gap", "is_cap"), (lambda v: v > 0, "above 0 (inf: no limit)")),
     "max_length": (lambda v: v >= 2, "at least 2"),
     "temperature": (lambda v: 0 < v < math.inf, "a finite number above 0"),
     "group_size": (lambda v: v >= 2, "at least 2: a group of 1 has no baseline"),

@@ -270,7 +270,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
-    run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name, is_correction=is_correction)
+    run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name, correction=is_correction)
     local_size = args.batch_size * args.group_size  # B: completions of this process
     total_size = local_size * accelerator.num_processes
     size = f"{total_size // args.group_size} prompts x {args.group_size} completions a step"

@@ -111,7 +111,10 @@ def capture(case: dict, out: Path) -> None:
         return prepared
 
     script = SCRIPTS[case["script"]]
-    args = tyro.cli(script.Args, args=[*case["flags"], "--output-dir", str(out / case["name"]), "--eval-steps", "0"])
+    flags = [*case["flags"], "--output-dir", str(out / case["name"]), "--eval-steps", "0"]
+    if case.get("frozen") and case["script"] != "sft":
+        flags += ["--max-logprob-gap", "1e9"]  # no model drew these
+    args = tyro.cli(script.Args, args=flags)
     with (
         mock.patch.object(common, "load_model", load_and_cast),
         mock.patch.object(common.HFEngine, "generate", generate_and_record),

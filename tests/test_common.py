@@ -287,15 +287,15 @@ def test_micro_batches_keep_ids_masks_and_values_in_place():
     sequences = [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 0]), ([1, 2, 3, 4], [0, 0, 0, 1])]
     values, seen = [[0.1, 0.2], [], [0.3]], set()
     for batch in common.micro_batches(Accelerator(cpu=True), sequences, 8):
-        flat = batch.take_tokens(values).tolist()
+        placed = batch.take_tokens(values)  # (B, T)
         advantages = batch.take(torch.tensor([1.0, 2.0, 3.0]))
         for r, row in enumerate(batch.rows):
             seen.add(row)
             ids, mask = sequences[row]
             assert batch.input_ids[r][batch.attention_mask[r].bool()].tolist() == ids
             assert batch.loss_mask[r].tolist() == mask + [0] * (batch.loss_mask.shape[1] - len(mask))
-            kept = batch.loss_mask[: r + 1].sum(1).tolist()
-            assert flat[sum(kept[:r]) : sum(kept)] == pytest.approx(values[row])
+            assert placed[r][batch.loss_mask[r].bool()].tolist() == pytest.approx(values[row])
+            assert not placed[r][~batch.loss_mask[r].bool()].any()
             assert advantages[r] == row + 1
     assert seen == {0, 1, 2}
     some = common.micro_batches(Accelerator(cpu=True), sequences, 100, rows=[2, 0])

@@ -137,6 +137,34 @@ def test_importance_weights_touch_the_policy_term_only():
     assert weighted == pytest.approx((0.25 * sums["loss/policy"] + 0.5 * sums["loss/kl"]).item())
 
 
+@pytest.mark.parametrize(
+    ("correction", "cap", "weights"),
+    [
+        ("token", 2.0, [[1.5, 2.0, 1.0], [0.5, 0.25, 1.0]]),  # 3 is cut to 2; a small ratio stays small
+        ("sequence", 2.0, [[2.0, 2.0, 2.0], [0.125, 0.125, 0.125]]),  # 1.5 * 3 is cut; 0.5 * 0.25
+        ("token", math.inf, [[1.5, 3.0, 1.0], [0.5, 0.25, 1.0]]),
+        ("sequence", math.inf, [[4.5, 4.5, 4.5], [0.125, 0.125, 0.125]]),
+    ],
+)
+def test_importance_weights_by_hand(correction, cap, weights):
+    """Trainer over engine, so likelier for the trainer weighs more; the third token of both rows does not train."""
+    log_ratio = tensor([1.5, 3.0, 1.0], [0.5, 0.25, 1.0]).log()
+    torch.testing.assert_close(grpo.importance_weights(log_ratio, correction, cap), tensor(*weights))
+
+
+def test_weighted_by_the_ratio_the_expected_gradient_is_that_of_the_trainer():
+    """Over every token the engine may draw, q * (p / q) = p: the correction makes another sampler's gradient exact."""
+    logits = torch.tensor([0.3, -0.2, 0.9, 0.1], dtype=F64, requires_grad=True)
+    p, q = logits.log_softmax(0), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=F64).log()
+    rewards = torch.tensor([1.0, 0.0, 0.5, -1.0], dtype=F64)
+    expected = torch.autograd.grad(-(p.exp() * rewards).sum(), logits, retain_graph=True)[0]
+    logprobs, mask = p[:, None], torch.ones(4, 1)
+    weights = grpo.importance_weights((p.detach() - q)[:, None], "token", math.inf)
+    options = {"denominator": 1, "loss_type": "dapo", **CLIP, "importance_weights": weights * q.exp()[:, None]}
+    loss, _ = grpo_loss(logprobs, logprobs.detach(), rewards, mask, **options)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], expected)
+
+
 def random_case(rows=6, width=7):
     torch.manual_seed(1)
     logprobs, old, ref = (-torch.rand(rows, width, dtype=F64) for _ in range(3))

@@ -1,6 +1,8 @@
 """The scripts run end to end as users run them, and a user's mistake is one line and exit code 2."""
 
+import importlib.util
 import json
+import math
 import shutil
 import sys
 
@@ -198,6 +200,65 @@ def test_wandb_works_offline_and_its_failure_stops_nothing(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("script", ["grpo.py", "onpolicy_distill.py"])
+def test_an_engine_that_differs_from_the_trainer_is_measured_and_stops_the_first_step(script, tmp_path, monkeypatch):
+    generate = common.HFEngine.generate
+
+    def shifted(self, *args, **kwargs):
+        completions = generate(self, *args, **kwargs)
+        return [common.Completion(c.token_ids, [v - shift for v in c.logprobs], c.finish_reason) for c in completions]
+
+    monkeypatch.setattr(common.HFEngine, "generate", shifted)
+    shift = 0.2  # nats that the engine holds each token less likely
+    done = run_main(script, *FAST, "--output-dir", tmp_path / "far")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "error: trainer and engine differ by 0.2 nats a token, --max-logprob-gap is 0.1: the weights did not arrive, "
+        "or they sample from different distributions"
+    ]
+    assert not (tmp_path / "far" / "metrics.jsonl").exists()
+    assert not list(tmp_path.glob("far/step_*"))
+    assert run_main(script, *FAST, "--output-dir", tmp_path / "wide", "--max-logprob-gap", 0.21).returncode == 0
+    for line in read_metrics(tmp_path / "wide"):
+        assert line["policy/logprob_gap"] == pytest.approx(0.2, abs=1e-4)
+        assert line["policy/logprob_gap_max"] == pytest.approx(0.2, abs=1e-4)
+        assert line["policy/engine_ratio"] == pytest.approx(math.exp(0.2), abs=1e-4)
+
+
+def test_the_correction_reaches_the_gradient(tmp_path, monkeypatch):
+    """Twice as likely for the trainer as for the engine, each token weighs twice: so does the gradient."""
+    generate, norms = common.HFEngine.generate, {}
+
+    def halved(self, *args, **kwargs):
+        completions = generate(self, *args, **kwargs)
+        shift = math.log(2)
+        return [common.Completion(c.token_ids, [v - shift for v in c.logprobs], c.finish_reason) for c in completions]
+
+    monkeypatch.setattr(common.HFEngine, "generate", halved)
+    for correction, cap in (("none", 8), ("token", 8), ("token", 1.5), ("sequence", 4)):
+        folder = tmp_path / f"{correction}-{cap}"
+        flags = ["--is-correction", correction, "--is-cap", cap, "--max-logprob-gap", "inf", "--output-dir", folder]
+        done = run_main("grpo.py", *FAST, "--num-steps", 1, "--batch-size", 8, *flags)
+        assert done.returncode == 0, done.stderr
+        assert f"importance sampling correction {correction}" in done.stdout
+        norms[correction, cap] = read_metrics(folder)[0]["optim/grad_norm"]
+    plain = norms["none", 8]
+    assert plain > 0
+    assert norms["token", 8] == pytest.approx(2 * plain, rel=1e-4)
+    assert norms["token", 1.5] == pytest.approx(1.5 * plain, rel=1e-4)
+    assert norms["sequence", 4] == pytest.approx(4 * plain, rel=1e-4)  # of any completion of two tokens or more
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+@pytest.mark.parametrize("script", ["grpo.py", "onpolicy_distill.py", "sft.py", "evaluate.py"])
+def test_without_vllm_one_line_says_how_to_install_it(script, tmp_path):
+    done = run_main(script, "--engine", "vllm", "--output-dir", tmp_path / "run")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: --engine is vllm: it must be hf, for vLLM is not installed: pip install vllm")
+    assert not (tmp_path / "run").exists()
+
+
 def jsonl(tmp_path, text):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
@@ -221,6 +282,9 @@ MISTAKES = {
     "NaN": (["--learning-rate", "nan"], "--learning-rate is nan"),
     "min above max": (["--min-val", 9, "--max-val", 3], "min_val is above max_val"),
     "bad JSON": (["--chat-template-args", "{"], "--chat-template-args"),
+    "no object for vLLM": (["--vllm-args", "[1]"], "--vllm-args is [1]: it must be a JSON object"),
+    "gap of NaN": (["--max-logprob-gap", "nan"], "--max-logprob-gap is nan"),
+    "cap of 0": (["--is-cap", 0], "--is-cap is 0.0"),
     "ranges of another dataset": (["--dataset", "gsm8k", "--operand", "add"], "--operand"),
     "folder in the way": (["--output-dir", str(ROOT / "README.md")], "README.md"),
 }
