@@ -4,6 +4,7 @@ python tests/plant_bugs.py            all of them; exit code 1 if one is missed 
 python tests/plant_bugs.py KL         those whose name has "KL" in it
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ BUGS = {  # name -> file, what stands there once, what is planted
     "log-probs of the engine as the old ones": (
         "grpo.py",
         "old_logprobs.append(logprobs.detach())",
-        "old_logprobs.append(logprobs.detach().masked_scatter(batch.loss_mask.bool(), engine_logprobs[n].double()))",
+        "old_logprobs.append(engine_logprobs[n].to(logprobs.dtype))",
     ),
     "old log-probs of every update": (
         "grpo.py",
@@ -166,6 +167,46 @@ BUGS |= {  # of distillation
     "padded vocabulary rows in the loss": ("common.py", "(states)[:, : self.vocab_size]", "(states)"),
     "padded vocabulary rows in the sampler": ("common.py", "scores[:, : self.vocab_size]", "scores"),
 }
+BUGS |= {
+    "correction turned round": (
+        "grpo.py",
+        "old_logprobs[n] - engine_logprobs[n]",
+        "engine_logprobs[n] - old_logprobs[n]",
+    ),
+    "correction without its cap": ("grpo.py", "log_ratio.exp().clamp(max=cap)", "log_ratio.exp()"),
+    "correction left out": ("grpo.py", "weights[n] if weights else None", "None"),
+    "gap of this process alone": (
+        "common.py",
+        'return metrics | {"policy/logprob_gap_max": max(gather_object([largest]))}',
+        'return metrics | {"policy/logprob_gap_max": largest}',
+    ),
+}
+VLLM = {  # caught by test_vllm.py, where vLLM is installed
+    "vLLM: cache of the old weights": ("common.py", "        self.llm.reset_prefix_cache()\n", ""),
+    "vLLM: tied head stays stale": (
+        "common.py",
+        "        if not self.on_gpu:  # there a head",
+        "        if False:  # there a head",
+    ),
+    "vLLM: log-probs before the temperature": ("common.py", '"processed_logprobs"', '"raw_logprobs"'),
+    "vLLM: the tokenizer's stop token alone": (
+        "common.py",
+        '{"stop_token_ids": self.stop_ids, ',
+        '{"stop_token_ids": self.stop_ids[:1], ',
+    ),
+    "vLLM: rows without a token drawn": ("common.py", '"logit_bias": self.never or None', '"logit_bias": None'),
+    "vLLM: one seed for all": (
+        "common.py",
+        "SamplingParams(seed=seed, **options)",
+        "SamplingParams(seed=seeds[0], **options)",
+    ),
+    "vLLM: weights from disk in a trainer": ("common.py", '{"load_format": "dummy"} if trains', "{} if trains"),
+    "vLLM: no sync before a rollout": (
+        "grpo.py",
+        "        engine.sync(model)\n        completions",
+        "        completions",
+    ),
+}
 HARMLESS = {
     "maximum for minus minimum": (
         "grpo.py",
@@ -180,9 +221,12 @@ HARMLESS = {
     ),
 }
 
+CHANGES = BUGS | VLLM | HARMLESS
 
-def first_failure(file: str, old: str, new: str) -> str | None:
+
+def first_failure(name: str) -> str | None:
     """The first test that fails with the change in place; None when all pass."""
+    file, old, new = CHANGES[name]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "results", "__pycache__", ".*_cache"))
@@ -198,7 +242,7 @@ def first_failure(file: str, old: str, new: str) -> str | None:
             "-q",
             "-p",
             "no:cacheprovider",
-            *(f"tests/{s}" for s in SUITES),
+            *(["-m", "vllm", "tests/test_vllm.py"] if name in VLLM else [f"tests/{s}" for s in SUITES]),
         ]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode == 0:
@@ -209,10 +253,13 @@ def first_failure(file: str, old: str, new: str) -> str | None:
 
 def main() -> int:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    changes = {name: change for name, change in (BUGS | HARMLESS).items() if wanted in name}
+    changes = [name for name in CHANGES if wanted in name]
+    if importlib.util.find_spec("vllm") is None:
+        changes = [name for name in changes if name not in VLLM]
+        print(f"left out {len(VLLM)} of vLLM, which is not installed")
     wrong = 0
     with ThreadPoolExecutor(2) as pool:
-        for name, caught in zip(changes, pool.map(lambda c: first_failure(*c), changes.values()), strict=True):
+        for name, caught in zip(changes, pool.map(first_failure, changes), strict=True):
             good = (caught is None) == (name in HARMLESS)
             wrong += not good
             kind = "harmless" if name in HARMLESS else "bug"

