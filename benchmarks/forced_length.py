@@ -19,11 +19,11 @@ import common
 
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv.pop(1))
-    initialize = common.HFEngine.__init__
+    for engine_class in (common.HFEngine, common.VLLMEngine):
 
-    def initialize_endless(engine: common.HFEngine, *args: Any) -> None:
-        initialize(engine, *args)
-        engine.stop_ids = [10**9]  # no token has this id
+        def endless(engine: Any, *args: Any, generate: Any = engine_class.generate, **options: Any) -> Any:
+            engine.stop_ids = [10**9]  # no token has this id
+            return generate(engine, *args, **options)
 
-    common.HFEngine.__init__ = initialize_endless
+        engine_class.generate = endless
     common.run(script.main, tyro.cli(script.Args))

@@ -185,8 +185,8 @@ VLLM = {  # caught by test_vllm.py, where vLLM is installed
     "vLLM: cache of the old weights": ("common.py", "        self.llm.reset_prefix_cache()\n", ""),
     "vLLM: tied head stays stale": (
         "common.py",
-        "        if not self.on_gpu:  # there a head",
-        "        if False:  # there a head",
+        "        if not self.on_gpu:\n            self.llm.apply",
+        "        if False:\n            self.llm.apply",
     ),
     "vLLM: log-probs before the temperature": ("common.py", '"processed_logprobs"', '"raw_logprobs"'),
     "vLLM: the tokenizer's stop token alone": (

@@ -17,7 +17,7 @@ import sft
 
 SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
-CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1120}
+CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1130}
 CEILINGS |= {"envs.py": 350}
 DOCS = [ROOT / "README.md", *sorted((ROOT / "training_guide").glob("*.md")), ROOT / "models" / "README.md"]
 SOURCES = [ROOT / name for name in CEILINGS]
@@ -140,6 +140,8 @@ def test_every_metric_is_explained():
         text = (ROOT / "training_guide" / f"{guide}.md").read_text()
         source = (ROOT / f"{name}.py").read_text()
         used = set(re.findall(r'"((?:loss|reward|policy|teacher|completion|optim|time|perf|eval)/\w+)"', source))
+        if name != "sft":
+            used |= {"policy/logprob_gap", "policy/logprob_gap_max", "policy/engine_ratio"}  # of common.engine_gap
         used |= {"eval/accuracy", "eval/reward_mean", "eval/reward_std"}
         missing = {metric for metric in used if f"`{metric}`" not in text}
         assert not missing, f"{guide}.md does not explain {missing}"

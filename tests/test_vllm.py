@@ -249,6 +249,19 @@ def test_a_resumed_run_draws_what_the_unbroken_one_drew(tmp_path):
         assert before[name] == after[name]
 
 
+def test_tensor_parallel_in_one_process_and_refused_in_two(tmp_path):
+    """Two workers of vLLM, one of each core, get the weights of one trainer."""
+    flags = [*SHORT, "--vllm-args", '{"tensor_parallel_size": 2}']
+    environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    done = run_script("grpo.py", *flags, "--output-dir", tmp_path / "one", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert read_metrics(tmp_path / "one")[-1]["policy/logprob_gap_max"] < 1e-3
+    two = start_two(ROOT / "grpo.py", *flags, "--output-dir", tmp_path / "two")
+    _, err = two.communicate(timeout=120)
+    assert two.returncode != 0
+    assert "tensor parallelism needs one process, not 2" in err
+
+
 STALE = "import sys; sys.path.insert(0, {root!r}); import common, tyro, {script}; "
 STALE += "common.VLLMEngine.sync = lambda engine, model: None; common.run({script}.main, tyro.cli({script}.Args))"
 
