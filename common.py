@@ -728,7 +728,7 @@ class HFEngine:
 
 
 def repack_head(engine_model: Any) -> None:
-    """On a CPU vLLM multiplies by a packed copy of the head; that of a tied head stays the old one in a reload."""
+    """On some CPUs vLLM multiplies by a packed copy of the head; that of a tied head stays the old one in a reload."""
     pack = importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm
     pack(engine_model.lm_head, remove_weight=False)
 

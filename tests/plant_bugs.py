@@ -183,11 +183,6 @@ BUGS |= {
 }
 VLLM = {  # caught by test_vllm.py, where vLLM is installed
     "vLLM: cache of the old weights": ("common.py", "        self.llm.reset_prefix_cache()\n", ""),
-    "vLLM: tied head stays stale": (
-        "common.py",
-        "        if not self.on_gpu:\n            self.llm.apply",
-        "        if False:\n            self.llm.apply",
-    ),
     "vLLM: log-probs before the temperature": ("common.py", '"processed_logprobs"', '"raw_logprobs"'),
     "vLLM: the tokenizer's stop token alone": (
         "common.py",
@@ -260,7 +255,7 @@ def main() -> int:
     wrong = 0
     with ThreadPoolExecutor(2) as pool:
         for name, caught in zip(changes, pool.map(first_failure, changes), strict=True):
-            good = (caught is None) == (name in HARMLESS)
+            good = (caught is None) == (name in HARMLESS) and not (caught or "").startswith("pytest ended")
             wrong += not good
             kind = "harmless" if name in HARMLESS else "bug"
             print(f"{'ok    ' if good else 'WRONG '} {kind:8} {name:42} {caught or 'no test fails'}", flush=True)

@@ -20,6 +20,7 @@ from common import HFEngine, UserError, VLLMEngine, completion_seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CPU, F32 = torch.device("cpu"), torch.float32
+MEMORY = '{"max_model_len": 512, "kv_cache_memory_bytes": 300000000}'  # several engines live at a time
 KINDS = ("embed_tokens", "norm", "self_attn", "mlp", "lm_head")
 
 
@@ -49,7 +50,7 @@ class Pair:
         self.source, self.tokenizer = source, common.load_tokenizer(source)
         self.model = common.load_model(source, CPU, "sdpa")
         self.hf = HFEngine(self.model, self.tokenizer, 65536)
-        self.vllm = VLLMEngine(source, self.tokenizer, F32, '{"max_model_len": 512}', trains=True)
+        self.vllm = VLLMEngine(source, self.tokenizer, F32, MEMORY, trains=True)
         self.vllm.sync(self.model)
         chats = [env.prompt for env in envs.load_dataset("math", "eval", num_samples=count - 1)]
         self.prompts = [common.encode_prompt(self.tokenizer, messages) for messages in chats]
@@ -144,7 +145,7 @@ def test_sync_brings_each_kind_of_weight_and_forgets_the_cache(pair, kind):
 
 def test_weights_are_random_until_the_first_sync_and_real_where_nobody_syncs(tied, keep):
     """So a sync that brings nothing cannot hide behind weights that vLLM read from disk."""
-    trained, fixed = (keep(VLLMEngine("tiny", tied.tokenizer, F32, "{}", trains)) for trains in (True, False))
+    trained, fixed = (keep(VLLMEngine("tiny", tied.tokenizer, F32, MEMORY, trains)) for trains in (True, False))
     assert tied.gaps(tied.generate(trained, 1.0), 1.0).mean() > 1
     assert tied.gaps(tied.generate(fixed, 1.0), 1.0).max() < 1e-3
 
@@ -191,7 +192,7 @@ def test_errors_of_the_engine_come_up(tied, keep):
     with pytest.raises(UserError, match="prompt and completion take 513 tokens, vLLM has room for 512"):
         tied.vllm.generate([[3] * 505], [1], **options)
     assert len(tied.generate(tied.vllm)) == len(tied.prompts)  # and it is none the worse
-    engine = keep(VLLMEngine("tiny", tied.tokenizer, F32, "{}"))
+    engine = keep(VLLMEngine("tiny", tied.tokenizer, F32, MEMORY))
     with pytest.raises(IndexError):  # raised deep inside vLLM's forward pass
         engine.generate([[10**6]], [1], **options)
 
