@@ -22,7 +22,7 @@ if __name__ == "__main__":
     for engine_class in (common.HFEngine, common.VLLMEngine):
 
         def endless(engine: Any, *args: Any, generate: Any = engine_class.generate, **options: Any) -> Any:
-            engine.stop_ids = [10**9]  # no token has this id
+            engine.stop_ids = []
             return generate(engine, *args, **options)
 
         engine_class.generate = endless

@@ -56,7 +56,7 @@ def main(args: Args) -> None:
     prompts = [prompt for prompt in prompts for _ in range(args.group_size)]
     if not args.natural:
         for engine in engines.values():
-            engine.stop_ids = [10**9]  # no token has this id
+            engine.stop_ids = []
     rounds: list[dict[str, Any]] = []
     for n in range(args.rounds + 1):
         seeds = [common.completion_seed(n, 1, i) for i in range(len(prompts))]
@@ -66,6 +66,7 @@ def main(args: Args) -> None:
             options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
             completions = engine.generate(prompts, seeds, **options)
             seconds, tokens = time.perf_counter() - started, sum(len(c.token_ids) for c in completions)
+            print(f"round {n}: {name} {seconds:.1f} s, {tokens} tokens", flush=True)
             rounds.append({"round": n, "engine": name, "seconds": seconds, "tokens": tokens})
     speeds = {
         e: np.array([r["tokens"] / r["seconds"] for r in rounds if r["engine"] == e and r["round"]]) for e in engines
