@@ -1,0 +1,66 @@
+"""How far vLLM and the trainer are apart in nats a token, as policy/logprob_gap, if the trainer's temperature differed.
+
+    python benchmarks/logprob_gap.py --model SmolLM2-135M-Instruct --dtype bf16
+
+vLLM samples at temperature 1. Shows what --max-logprob-gap tells apart. Needs vLLM.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import tyro
+from accelerate import Accelerator
+
+import common
+import envs
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """hub id, folder, or a bundled model"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """of the engine, and of the trainer's autocast"""
+    prompts: int = 32
+    max_new_tokens: int = 64
+    vllm_args: str = "{}"
+    """JSON object of arguments for vllm.LLM"""
+
+
+@torch.no_grad()
+def main(args: Args) -> None:
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    dtype, attn, compute_line = common.pick_compute(args.dtype, "auto", accelerator.device)
+    tokenizer = common.load_tokenizer(args.model)
+    model = common.load_model(args.model, accelerator.device, attn)
+    policy = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer))
+    engine = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, trains=True)
+    dataset = envs.load_dataset("math", "eval", num_samples=args.prompts)
+    prompts = [common.encode_prompt(tokenizer, dataset[i].prompt) for i in range(args.prompts)]
+    seeds = [common.completion_seed(1, 1, i) for i in range(args.prompts)]
+    print(f"{args.model}, {engine.name}: {compute_line}")
+    for words, temperatures in (("random weights", [1.0]), ("", [1.0, 0.9, 0.8, 0.7, 0.5])):
+        if not words:
+            engine.sync(model)
+        completions = engine.generate(prompts, seeds, max_new_tokens=args.max_new_tokens, temperature=1.0)
+        pairs = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
+        sequences = [(prompt + tokens, [0] * len(prompt) + [1] * len(tokens)) for prompt, tokens in pairs]
+        batches = common.micro_batches(accelerator, sequences, 4096)
+        for temperature in temperatures:
+            log_ratios = []
+            for batch in batches:
+                inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)
+                logprobs, _ = common.token_logprobs(policy, *inputs, temperature)  # (B, T)
+                log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
+            gap = common.engine_gap(accelerator, log_ratios, sum(len(tokens) for _, tokens in pairs))
+            numbers = ", ".join(f"{name.removeprefix('policy/')} {value:.2g}" for name, value in gap.items())
+            print(f"trainer's temperature {temperature} {words}: {numbers}")
+
+
+if __name__ == "__main__":
+    common.run(main, tyro.cli(Args))
