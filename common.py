@@ -559,7 +559,7 @@ def check_engine(
         log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
     tokens = global_sum(accelerator, sum(len(tokens) for _, tokens in pairs))
     gap = engine_gap(accelerator, log_ratios, tokens)["policy/logprob_gap"]
-    if gap > args.max_logprob_gap:
+    if not gap <= args.max_logprob_gap:  # NaN is no agreement
         words = f"trainer and engine differ by {gap:.3g} nats a token, --max-logprob-gap is {args.max_logprob_gap}"
         raise UserError(f"{words}: the weights did not arrive, or they sample from different distributions")
 
