@@ -548,8 +548,8 @@ def engine_gap(accelerator: Accelerator, log_ratios: Sequence[Tensor], tokens: f
 @torch.no_grad()
 def check_engine(
     accelerator: Accelerator, model: nn.Module, args: Any, prompts: list[list[int]], completions: list[Any]
-) -> None:
-    """Raises a UserError, on every process, when trainer and engine differ by more than `--max-logprob-gap`."""
+) -> dict[str, float]:
+    """`engine_gap` of a rollout. Raises a UserError, on every process, when it is above `--max-logprob-gap`."""
     pairs = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
     sequences = [(prompt + tokens, [0] * len(prompt) + [1] * len(tokens)) for prompt, tokens in pairs]
     log_ratios = []
@@ -558,10 +558,11 @@ def check_engine(
         logprobs, _ = token_logprobs(model, *inputs, args.temperature)  # (B, T)
         log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
     tokens = global_sum(accelerator, sum(len(tokens) for _, tokens in pairs))
-    gap = engine_gap(accelerator, log_ratios, tokens)["policy/logprob_gap"]
-    if not gap <= args.max_logprob_gap:  # NaN is no agreement
+    metrics = engine_gap(accelerator, log_ratios, tokens)
+    if not (gap := metrics["policy/logprob_gap"]) <= args.max_logprob_gap:  # NaN is no agreement
         words = f"trainer and engine differ by {gap:.3g} nats a token, --max-logprob-gap is {args.max_logprob_gap}"
         raise UserError(f"{words}: the weights did not arrive, or they sample from different distributions")
+    return metrics
 
 
 # ---- The optimizer step ----------------------------------------------------------------------------------------------

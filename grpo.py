@@ -270,6 +270,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
+    # The correction that was chosen has a name of its own: --resume compares the flag.
     run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name, correction=is_correction)
     local_size = args.batch_size * args.group_size  # B: completions of this process
     total_size = local_size * accelerator.num_processes

@@ -5,9 +5,11 @@
 vLLM samples at temperature 1. Shows what --max-logprob-gap tells apart. Needs vLLM.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +34,6 @@ class Args:
     """JSON object of arguments for vllm.LLM"""
 
 
-@torch.no_grad()
 def main(args: Args) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     dtype, attn, compute_line = common.pick_compute(args.dtype, "auto", accelerator.device)
@@ -48,16 +49,9 @@ def main(args: Args) -> None:
         if not words:
             engine.sync(model)
         completions = engine.generate(prompts, seeds, max_new_tokens=args.max_new_tokens, temperature=1.0)
-        pairs = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
-        sequences = [(prompt + tokens, [0] * len(prompt) + [1] * len(tokens)) for prompt, tokens in pairs]
-        batches = common.micro_batches(accelerator, sequences, 4096)
         for temperature in temperatures:
-            log_ratios = []
-            for batch in batches:
-                inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)
-                logprobs, _ = common.token_logprobs(policy, *inputs, temperature)  # (B, T)
-                log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
-            gap = common.engine_gap(accelerator, log_ratios, sum(len(tokens) for _, tokens in pairs))
+            flags = SimpleNamespace(temperature=temperature, micro_batch_tokens=4096, max_logprob_gap=math.inf)
+            gap = common.check_engine(accelerator, policy, flags, prompts, completions)
             numbers = ", ".join(f"{name.removeprefix('policy/')} {value:.2g}" for name, value in gap.items())
             print(f"trainer's temperature {temperature} {words}: {numbers}")
 

@@ -200,16 +200,20 @@ def test_wandb_works_offline_and_its_failure_stops_nothing(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("script", ["grpo.py", "onpolicy_distill.py"])
-def test_an_engine_that_differs_from_the_trainer_is_measured_and_stops_the_first_step(script, tmp_path, monkeypatch):
+def shift_logprobs(monkeypatch, nats):
+    """The engine says that it held each token less likely, by so many nats."""
     generate = common.HFEngine.generate
 
     def shifted(self, *args, **kwargs):
         completions = generate(self, *args, **kwargs)
-        return [common.Completion(c.token_ids, [v - shift for v in c.logprobs], c.finish_reason) for c in completions]
+        return [common.Completion(c.token_ids, [v - nats for v in c.logprobs], c.finish_reason) for c in completions]
 
     monkeypatch.setattr(common.HFEngine, "generate", shifted)
-    shift = 0.2  # nats that the engine holds each token less likely
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "onpolicy_distill.py"])
+def test_an_engine_that_differs_from_the_trainer_is_measured_and_stops_the_first_step(script, tmp_path, monkeypatch):
+    shift_logprobs(monkeypatch, 0.2)
     done = run_main(script, *FAST, "--output-dir", tmp_path / "far")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
@@ -227,14 +231,8 @@ def test_an_engine_that_differs_from_the_trainer_is_measured_and_stops_the_first
 
 def test_the_correction_reaches_the_gradient(tmp_path, monkeypatch):
     """Twice as likely for the trainer as for the engine, each token weighs twice: so does the gradient."""
-    generate, norms = common.HFEngine.generate, {}
-
-    def halved(self, *args, **kwargs):
-        completions = generate(self, *args, **kwargs)
-        shift = math.log(2)
-        return [common.Completion(c.token_ids, [v - shift for v in c.logprobs], c.finish_reason) for c in completions]
-
-    monkeypatch.setattr(common.HFEngine, "generate", halved)
+    shift_logprobs(monkeypatch, math.log(2))
+    norms = {}
     for correction, cap in (("none", 8), ("token", 8), ("token", 1.5), ("sequence", 4)):
         folder = tmp_path / f"{correction}-{cap}"
         flags = ["--is-correction", correction, "--is-cap", cap, "--max-logprob-gap", "inf", "--output-dir", folder]
