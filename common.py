@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, N trained tokens of a pass, H hidden size, V voca
 """
 
 import atexit
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
 
 import envs
@@ -51,7 +53,9 @@ HERE = Path(__file__).resolve().parent
 BUNDLED = {name: str(HERE / "models" / name) for name in ("tiny", "tiny-teacher")}  # models that come with the project
 HEAD_LOGITS = 2**23  # logits that exist at a time, 32 MB in float32: 55 positions of Qwen2.5's 151,936 tokens
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
-KV_TOKENS = 16  # generation holds 16 times the tokens of a training pass: keys and values take that much less memory
+MICRO_BATCH_TOKENS = {"cuda": 4096, "cpu": 640}  # a CPU is as fast with few, and they take less memory
+KV_TOKENS = {"cuda": 16, "cpu": 100}  # times as many does generation hold: keys and values take that much less memory
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
@@ -131,6 +135,12 @@ def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Acceler
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(f"the launcher started {world_size} processes but {accelerator.num_processes} joined")
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = MICRO_BATCH_TOKENS[accelerator.device.type]
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+        # Freed blocks stay with the process: to hand them back and get them zeroed again costs a tenth of a CPU's time.
+        libc.mallopt(M_MMAP_THRESHOLD, 2**24)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return accelerator
 
 
@@ -255,7 +265,24 @@ def load_model(
         parts = loaded.get_output_embeddings()(loaded.base_model(input_ids=ids).last_hidden_state)
         if not torch.allclose(parts, loaded(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
             raise UserError(f"{model} changes its logits after the head (soft-capping or scaling): not supported")
+        loaded.batches = "packed" if can_pack(loaded) else "padded"
     return loaded
+
+
+def can_pack(model: Any) -> bool:
+    """Whether packed sequences get the states that padded ones do: not where layers mix neighbours, as recurrent do."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if model.config._attn_implementation != "sdpa" or kinds - {"full_attention", "sliding_attention"}:
+        return False
+    ids = torch.tensor([[1, 2, 3, 0], [1, 2, 0, 3], [0, 3, 1, 2]], device=model.device)
+    batch = (ids, torch.ones_like(ids), torch.ones_like(ids))
+    lm, states = ChunkedLM(model), []
+    for lm.packs in (False, True):
+        try:
+            states.append(lm.states(*batch))
+        except (TypeError, ValueError, RuntimeError):  # it takes no `packed_rows`
+            return False
+    return torch.allclose(*states, rtol=0, atol=0.05 * states[0].std().item())
 
 
 def vocab_size(tokenizer: Any) -> int:
@@ -402,7 +429,54 @@ def require_rewards(dataset: Any) -> None:
         raise UserError(f"row {bare[0]} has no reward: give the row an answer, or its environment a get_reward")
 
 
-# ---- Log-probs: the head only at trained positions, in chunks, recomputed in backward --------------------------------
+# ---- Log-probs: no padding, no prefix twice; the head in chunks, at trained positions only, recomputed in backward ---
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Any:
+    """The library's attention, and for packed sequences that of each, (1, heads, tokens, D).
+
+    `packed_rows`: for each sequence how many tokens it shares with the one before, and how many of its own follow.
+    """
+    rows = options.pop("packed_rows", None)
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    outputs, keys, values, window = [], key, value, options.get("sliding_window")
+    parts = [tensor.split([own for _, own in rows], dim=2) for tensor in (query, key, value)]
+    for (shared, own), q, k, v in zip(rows, *parts, strict=True):
+        keys, values = (torch.cat([old[:, :, :shared], new], 2) for old, new in ((keys, k), (values, v)))
+        mask = None  # plainly causal
+        if shared or window:
+            mask = torch.ones(1, 1, own, shared + own, dtype=torch.bool, device=q.device).tril(shared)
+            mask = mask.triu(shared - window + 1) if window else mask
+        outputs.append(sdpa_attention_forward(module, q, keys, values, mask, **options)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+transformers.AttentionInterface.register("sdpa", attend)
+
+
+def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Right-padded sequences, (B, T), laid end to end without what cannot contribute to a trained token.
+
+    That is what follows the last one, and a prefix that the sequence before has as well.
+
+    Returns:
+        The inputs of a model that packs, and where each token's state then is, (B, T).
+    """
+    ids, time = input_ids.cpu(), torch.arange(input_ids.shape[1])
+    ends = (loss_mask.cpu() * time).amax(1).clamp(min=1)  # (B,)
+    shared = (ids[1:] == ids[:-1]).cumprod(1).sum(1).minimum(ends[:-1]).minimum(ends[1:] - 1)
+    shared = nn.functional.pad(shared, (1, 0))  # (B,)
+    own = (shared[:, None] <= time) & (time < ends[:, None])  # (B, T)
+    where = own.flatten().cumsum(0).view_as(own) - 1
+    for row in range(1, len(ids)):
+        where[row, : shared[row]] = where[row - 1, : shared[row]]
+    rows = torch.stack([shared, ends - shared], dim=1).tolist()
+    packed = {"input_ids": ids[own][None], "position_ids": time.expand_as(own)[own][None]}
+    packed = {name: tensor.to(input_ids.device) for name, tensor in packed.items()}
+    # The library builds no mask of its own where it gets one of four dimensions.
+    packed |= {"attention_mask": torch.ones(1, 1, 1, 1, device=input_ids.device), "packed_rows": rows}
+    return packed, where.to(input_ids.device)
+
+
 class ChunkedLM(nn.Module):
     """A causal language model that applies its head to a chunk of the trained positions at a time (`HEAD_LOGITS`).
 
@@ -413,16 +487,21 @@ class ChunkedLM(nn.Module):
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, vocab_size: int | None = None):
         super().__init__()
         self.model, self.dtype, self.vocab_size = model, dtype, vocab_size  # V; None: every row of the head
+        self.packs = getattr(model, "batches", None) == "packed"
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
         """(B, T) each -> the hidden states that predict a trained token, (N, H)."""
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
-        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = self.model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).last_hidden_state  # (B, T, H)
         # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
-        return hidden[:, :-1][loss_mask[:, 1:].bool()]
+        predicts = loss_mask[:, 1:].bool()  # (B, T - 1)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
+        where = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+        if self.packs and attention_mask[:, 0].all():
+            packed, where = pack(input_ids, loss_mask)
+            inputs |= packed
+        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model.base_model(**inputs).last_hidden_state  # (B, T, H), packed: (1, tokens, H)
+        return hidden.flatten(0, 1)[where[:, :-1][predicts]]
 
     def head(self, states: Tensor) -> Tensor:
         """(N, H) -> logits of the tokens that the tokenizer knows, (N, V), in float32 at least."""
@@ -445,31 +524,41 @@ class ChunkedLM(nn.Module):
         return [checkpoint(lambda states, *rest: chunk_fn(self.head(states), *rest), *c, **options) for c in chunks]
 
 
-def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
     """(N, V), (N,) -> log-prob of each target and entropy of its distribution, (N,) each; entropy without gradient."""
-    logits = logits / temperature
+    logits = scaled(logits, temperature)
     normalizer = logits.logsumexp(-1)  # (N,)
     logprobs = logits.gather(-1, targets[:, None])[:, 0] - normalizer
     with torch.no_grad():
-        entropy = normalizer - (logits.softmax(-1) * logits).sum(-1)
-    return logprobs, entropy
+        entropies = normalizer - (logits.softmax(-1) * logits).sum(-1) if entropy else torch.zeros_like(logprobs)
+    return logprobs, entropies
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature  # one tensor less of a chunk's size
 
 
 def token_logprobs(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, temperature: float = 1.0
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each trained token, and entropy (without gradient), of the distribution it is sampled from.
 
     `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. All tensors are (B, T),
-    padded on either side; column t speaks of token t, 0 where the loss mask is. `temperature` divides the logits.
+    padded on either side; column t speaks of token t, 0 where the loss mask is. `temperature` divides the logits;
+    without `entropy` that one is 0, and saves two passes over them.
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
-    chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature)
+    chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature, entropy=entropy)
     chunks = model(input_ids, attention_mask, loss_mask, chunk_fn)
     trained = nn.functional.pad(loss_mask[:, 1:], (1, 0)).bool()  # (B, T); column 0 never trains
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # (N,) each
-    placed = [values.new_zeros(trained.shape).masked_scatter(trained, values) for values in (logprobs, entropy)]
-    return placed[0], placed[1]
+    values = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # (N,) each
+    logprobs, entropies = (part.new_zeros(trained.shape).masked_scatter(trained, part) for part in values)
+    return logprobs, entropies
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
@@ -481,6 +570,10 @@ class Batch:
     input_ids: Tensor  # (B, T)
     attention_mask: Tensor  # (B, T), 1 = not padding
     loss_mask: Tensor  # (B, T), 1 = trained
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.input_ids, self.attention_mask, self.loss_mask
 
     def take(self, values: Tensor) -> Tensor:
         """The rows' entries of a tensor with one value a sequence; zero for a dummy."""
@@ -503,12 +596,36 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def group_by_prefix(sequences: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+    """Indices in groups of at most `max_tokens` tokens, a prefix that neighbours share counted once; see `pack`."""
+    groups: list[list[int]] = []
+    used, before = 0, []
+    for index in sorted(range(len(sequences)), key=lambda i: sequences[i]):
+        ids = sequences[index]
+        differ = (t for t, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b)
+        new = len(ids) - next(differ, min(len(before), len(ids)))
+        if groups and used + new <= max_tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            used, new = 0, len(ids)
+        used, before = used + new, ids
+    return groups
+
+
 def micro_batches(
-    accelerator: Accelerator, sequences: Sequence[tuple[list, list]], max_tokens: int, rows: Sequence[int] | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    sequences: Sequence[tuple[list, list]],
+    max_tokens: int,
+    rows: Sequence[int] | None = None,
 ) -> list[Batch]:
-    """Cuts (token ids, loss mask) pairs, or those of `rows`, into batches of `max_tokens` padded tokens."""
+    """Cuts (token ids, loss mask) pairs, or those of `rows`, into batches of `max_tokens` tokens for a `ChunkedLM`."""
     rows = range(len(sequences)) if rows is None else rows
-    groups = [[rows[i] for i in group] for group in group_by_length([len(sequences[i][0]) for i in rows], max_tokens)]
+    ids = [sequences[i][0] for i in rows]
+    packs = accelerator.unwrap_model(model).packs
+    groups = group_by_prefix(ids, max_tokens) if packs else group_by_length([len(row) for row in ids], max_tokens)
+    groups = [[rows[i] for i in group] for group in groups]
     # Equally many on every process, dummies of two tokens included: the last pass of each synchronises the gradients.
     most = int(accelerator.gather(torch.tensor([len(groups)], device=accelerator.device)).max())
     batches = []
@@ -553,9 +670,8 @@ def check_engine(
     pairs = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
     sequences = [(prompt + tokens, [0] * len(prompt) + [1] * len(tokens)) for prompt, tokens in pairs]
     log_ratios = []
-    for batch in micro_batches(accelerator, sequences, args.micro_batch_tokens):
-        inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)
-        logprobs, _ = token_logprobs(model, *inputs, args.temperature)  # (B, T)
+    for batch in micro_batches(accelerator, model, sequences, args.micro_batch_tokens):
+        logprobs, _ = token_logprobs(model, *batch.inputs, args.temperature, entropy=False)  # (B, T)
         log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
     tokens = global_sum(accelerator, sum(len(tokens) for _, tokens in pairs))
     metrics = engine_gap(accelerator, log_ratios, tokens)
@@ -657,10 +773,11 @@ class InverseCDFSampler(transformers.LogitsProcessor):
 
 
 class HFEngine:
-    """Generation by `transformers` with the trainer's weights and dtype; `max_tokens` tokens are held at a time."""
+    """Generation by `transformers` with the trainer's weights and dtype; at most `max_tokens` tokens at a time."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_tokens: int, dtype: torch.dtype = torch.float32):
-        self.model, self.max_tokens, self.dtype, self.name = model, max_tokens, dtype, "transformers"
+    def __init__(self, model: Any, tokenizer: Any, micro_batch_tokens: int, dtype: torch.dtype = torch.float32):
+        self.model, self.dtype, self.name = model, dtype, "transformers"
+        self.max_tokens = KV_TOKENS[model.device.type] * micro_batch_tokens
         self.stop_ids = stop_token_ids(model.source_generation_config, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.context_length, self.vocab_size = context_length(model.config), vocab_size(tokenizer)

@@ -36,7 +36,7 @@ class Args:
     repeats: int = 20
     """gradients, each of fresh completions"""
     max_new_tokens: int = 32
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 640
 
 
 def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
@@ -48,7 +48,7 @@ def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
     policy = common.ChunkedLM(model, vocab_size=size)
     teacher = common.ChunkedLM(common.load_model(args.teacher_model, device, "sdpa"), vocab_size=size)
     teacher.requires_grad_(False)
-    engine = common.HFEngine(model, tokenizer, common.KV_TOKENS * args.micro_batch_tokens)
+    engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens)
     dataset = MathDataset(args.prompts)
     prompts = [common.encode_prompt(tokenizer, dataset[i].prompt) for i in range(args.prompts) for _ in range(samples)]
 
@@ -63,8 +63,8 @@ def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
         sequences = [(p + c.token_ids, [0] * len(p) + [1] * len(c.token_ids)) for p, c in pairs]
         tokens = float(sum(len(c.token_ids) for c in completions))
         started = time.perf_counter()
-        for batch in common.micro_batches(accelerator, sequences, args.micro_batch_tokens):
-            inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)
+        for batch in common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens):
+            inputs = batch.inputs
             with torch.no_grad():
                 states = teacher.states(*inputs) if estimator == "full" else None
                 scores = None if estimator == "full" else common.token_logprobs(teacher, *inputs)[0]

@@ -13,6 +13,7 @@ optimizer's order; each completion, `completion.<seed>`; how often gradients wer
 import json
 import random
 import sys
+import types
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,28 @@ def frozen_completion(seed: int, max_new_tokens: int) -> common.Completion:
     return common.Completion(ids, [-rng.random() for _ in ids], "stop" if stopped else "length")
 
 
+def in_float64(model):
+    """Also what the library computes in float32 whatever the dtype: the norms, and the cosines of the positions."""
+
+    def norm(self, x):
+        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    def cosines(self, x, position_ids):
+        angles = (position_ids[..., None] * inverse_frequencies).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
+
+    model, rotary = model.double(), model.base_model.rotary_emb
+    size = model.config.hidden_size // model.config.num_attention_heads
+    theta = model.config.rope_parameters["rope_theta"]
+    inverse_frequencies = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    assert torch.allclose(inverse_frequencies, rotary.inv_freq.double())
+    rotary.forward = types.MethodType(cosines, rotary)
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = types.MethodType(norm, module)
+    return model
+
+
 def pad_left(batch: common.Batch) -> common.Batch:
     moved = [t.clone() for t in (batch.input_ids, batch.attention_mask, batch.loss_mask)]
     for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
@@ -78,7 +101,7 @@ def capture(case: dict, out: Path) -> None:
 
     def load_and_cast(*args, **kwargs):
         model = load_model(*args, **kwargs)
-        return model.double() if case.get("float64") else model
+        return in_float64(model) if case.get("float64") else model
 
     def generate_and_record(self, prompts, seeds, *, max_new_tokens, temperature):
         if case.get("frozen"):
@@ -88,8 +111,8 @@ def capture(case: dict, out: Path) -> None:
         tensors.update({f"completion.{s}": torch.tensor(c.token_ids) for s, c in zip(seeds, completions, strict=True)})
         return completions
 
-    def cut(accelerator, sequences, max_tokens, rows=None):
-        batches = micro_batches(accelerator, sequences, max_tokens, None if case.get("no_skip") else rows)
+    def cut(accelerator, model, sequences, max_tokens, rows=None):
+        batches = micro_batches(accelerator, model, sequences, max_tokens, None if case.get("no_skip") else rows)
         return [pad_left(b) for b in batches] if case.get("padding") == "left" else batches
 
     def record_and_step(self, *args, **kwargs):

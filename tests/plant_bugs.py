@@ -33,10 +33,23 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "tokens = float(sum(sum(loss_mask) for _, loss_mask in sequences))",
     ),
     "mean of each sequence for dapo": ("grpo.py", 'if loss_type == "grpo":', 'if loss_type != "dr_grpo":'),
-    "log-probs shifted by one": ("common.py", "return hidden[:, :-1][", "return hidden[:, 1:]["),
+    "log-probs shifted by one": ("common.py", "[where[:, :-1][predicts]]", "[where[:, 1:][predicts]]"),
+    "a packed sequence sees one token less of its prefix": ("common.py", ".tril(shared)", ".tril(shared - 1)"),
+    "a packed sequence has the positions of the whole": (
+        "common.py",
+        '"position_ids": time.expand_as(own)[own][None]',
+        '"position_ids": torch.arange(int(own.sum()))[None]',
+    ),
+    "a prefix is taken from where it is not shared": (
+        "common.py",
+        "where[row, : shared[row]] = where[row - 1, : shared[row]]",
+        "where[row, : shared[row]] = where[0, : shared[row]]",
+    ),
+    "padding shared as a prefix": ("common.py", ".minimum(ends[:-1]).minimum(ends[1:] - 1)", ".minimum(ends[1:] - 1)"),
+    "a sliding window one token too long": ("common.py", "shared - window + 1", "shared - window"),
     "temperature missing from the loss": (
         "common.py",
-        "    logits = logits / temperature\n    normalizer",
+        "    logits = scaled(logits, temperature)\n    normalizer",
         "    normalizer",
     ),
     "population standard deviation": (
@@ -140,7 +153,7 @@ BUGS |= {  # of distillation
     ),
     "teacher without the temperature": (
         "onpolicy_distill.py",
-        "teacher.head(teacher_states) / temperature",
+        "common.scaled(teacher.head(teacher_states), temperature)",
         "teacher.head(teacher_states)",
     ),
     "sampled: teacher without the temperature": (
@@ -156,8 +169,8 @@ BUGS |= {  # of distillation
     "distillation: prompt in the loss": ("onpolicy_distill.py", "[0] * len(prompts[i])", "[1] * len(prompts[i])"),
     "distillation: metrics of the last micro-batch": (
         "onpolicy_distill.py",
-        "            inputs = (batch.input_ids, batch.attention_mask, batch.loss_mask)\n",
-        "            inputs, sums = (batch.input_ids, batch.attention_mask, batch.loss_mask), Counter()\n",
+        "            inputs = batch.inputs\n",
+        "            inputs, sums = batch.inputs, Counter()\n",
     ),
     "distillation: masked positions in the value": (
         "onpolicy_distill.py",

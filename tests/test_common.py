@@ -7,7 +7,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
+from capture import in_float64
 from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
@@ -270,7 +272,110 @@ def test_full_logits_of_a_batch_never_exist(tiny, batch, monkeypatch):
     assert sizes == [4, 4, 3]  # 11 trained tokens of 33
 
 
+# ---- Packed sequences
+
+PACKED = [  # with a prefix of the one before, all of it, none of it, and beyond its end
+    ([5, 6, 7, 8, 9, 10, 11], [0, 0, 0, 1, 0, 1, 0]),
+    ([5, 6, 7, 8, 12], [0, 0, 0, 1, 1]),
+    ([5, 6, 7, 8, 12], [0, 0, 1, 0, 1]),
+    ([5, 6, 7, 8, 12, 13, 14], [0, 1, 1, 0, 1, 0, 1]),
+    ([9], [0]),
+    ([9, 6, 7], [0, 0, 1]),
+]
+
+
+def packed_batch():
+    ids, masks = zip(*PACKED, strict=True)
+    return pad(ids, "right"), pad([[1] * len(row) for row in ids], "right"), pad(masks, "right")
+
+
+ARCHITECTURES = {  # small and random; packs: whether its layers keep neighbours apart
+    "qwen2": (transformers.Qwen2Config, {}, True),
+    "llama": (transformers.LlamaConfig, {}, True),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}, True),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 3}, True),
+    "gemma3": (transformers.Gemma3TextConfig, {"head_dim": 8, "sliding_window": 3, "sliding_window_pattern": 2}, True),
+    "gpt2": (transformers.GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, None),
+    "lfm2": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}, False),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_log_probs_are_those_of_each_sequence_alone_whatever_the_architecture(tmp_path, name):
+    config_class, options, packs = ARCHITECTURES[name]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {} if name == "gpt2" else sizes | {"intermediate_size": 64}
+    torch.manual_seed(0)
+    config = config_class(vocab_size=32, bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = common.load_model(str(tmp_path), CPU, "sdpa")
+    assert packs is None or model.batches == ("packed" if packs else "padded")
+    logprobs, _ = token_logprobs(model, *packed_batch())
+    assert logprobs.any()
+    for row, (ids, mask) in enumerate(PACKED):
+        expected, _ = naive_logprobs(model, ids, mask, 1.0)
+        torch.testing.assert_close(logprobs[row, : len(ids)], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_sequences_have_the_gradient_of_padded_ones(checkpointing):
+    model = in_float64(common.load_model("tiny", CPU, "sdpa"))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    batch = packed_batch()
+    weights = torch.linspace(-1, 1, batch[0].numel(), dtype=torch.float64).view_as(batch[0])
+    results = []
+    for packs in (True, False):
+        lm = ChunkedLM(model)
+        lm.packs = packs
+        logprobs, _ = token_logprobs(lm, *batch)
+        (logprobs * weights).sum().backward()
+        results.append([logprobs.detach(), *(p.grad for p in model.parameters())])
+        model.zero_grad()
+    assert results[0][0].any()
+    for packed, padded in zip(*results, strict=True):
+        torch.testing.assert_close(packed, padded, rtol=1e-9, atol=1e-11)
+
+
+def test_a_pass_computes_no_padding_no_prefix_twice_and_nothing_after_the_last_trained_token():
+    inputs, where = common.pack(packed_batch()[0], packed_batch()[2])
+    # 5 6 7 8 9, then 12 is the last of the second and predicts nothing; the third is the second, whose last token
+    # stands in for none of its own; the fourth adds 12 13; the fifth has nothing trained; the sixth begins with it.
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 8, 8, 12, 13, 9, 6]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 3, 4, 5, 0, 1]]
+    assert inputs["packed_rows"] == [[0, 5], [3, 1], [3, 1], [4, 2], [0, 1], [1, 1]]
+    assert where[1, :4].tolist() == [0, 1, 2, 5]
+    group = [([7] * 50 + [i, 9, 9], [0] * 50 + [1] * 3) for i in range(8)]
+    ids, masks = (torch.tensor([row[n] for row in group]) for n in (0, 1))
+    assert common.pack(ids, masks)[0]["input_ids"].shape == (1, 50 + 8 * 2)
+
+
+def test_a_model_that_mixes_packed_sequences_gets_padded_ones(tiny, monkeypatch):
+    assert common.can_pack(tiny)
+    attend = common.attend
+
+    def drops(*args, packed_rows=None, **options):
+        return attend(*args, **options)
+
+    def refuses(*args, **options):
+        if "packed_rows" in options:
+            raise TypeError("unexpected keyword argument")
+        return attend(*args, **options)
+
+    for broken in (drops, refuses):
+        monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", broken)
+        assert not common.can_pack(tiny)
+
+
 # ---- Batches and order
+
+
+def test_groups_by_prefix_count_a_shared_one_once_and_keep_the_budget():
+    sequences = [[1, 2, 3, 4], [7], [1, 2, 3, 5], [1, 2, 3, 4, 6], [7, 8], [1] * 30]
+    groups = common.group_by_prefix(sequences, 7)
+    assert groups == [[5], [0, 3, 2, 1], [4]]  # 30 alone; 4 + 1 + 1 + 1; 2
+    assert common.group_by_prefix([], 8) == []
 
 
 def test_groups_cover_every_sequence_once_within_the_budget():
@@ -283,10 +388,11 @@ def test_groups_cover_every_sequence_once_within_the_budget():
     assert common.group_by_length([], 16) == []
 
 
-def test_micro_batches_keep_ids_masks_and_values_in_place():
+def test_micro_batches_keep_ids_masks_and_values_in_place(tiny):
     sequences = [([5, 6, 7], [0, 1, 1]), ([8, 9], [0, 0]), ([1, 2, 3, 4], [0, 0, 0, 1])]
     values, seen = [[0.1, 0.2], [], [0.3]], set()
-    for batch in common.micro_batches(Accelerator(cpu=True), sequences, 8):
+    model = ChunkedLM(tiny)
+    for batch in common.micro_batches(Accelerator(cpu=True), model, sequences, 8):
         placed = batch.take_tokens(values)  # (B, T)
         advantages = batch.take(torch.tensor([1.0, 2.0, 3.0]))
         for r, row in enumerate(batch.rows):
@@ -298,7 +404,7 @@ def test_micro_batches_keep_ids_masks_and_values_in_place():
             assert not placed[r][~batch.loss_mask[r].bool()].any()
             assert advantages[r] == row + 1
     assert seen == {0, 1, 2}
-    some = common.micro_batches(Accelerator(cpu=True), sequences, 100, rows=[2, 0])
+    some = common.micro_batches(Accelerator(cpu=True), model, sequences, 100, rows=[2, 0])
     assert [batch.rows for batch in some] == [[2, 0]]
 
 

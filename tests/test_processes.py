@@ -217,6 +217,7 @@ def counted(self, *args):
     return generate_batch(self, *args)
 
 common.HFEngine.generate_batch = counted
+common.KV_TOKENS["cpu"] = 1
 common.run(grpo.main, tyro.cli(grpo.Args))
 """
 # One completion a generation batch: 8 batches a rollout, 4 an evaluation of 8 problems shared by two processes.
@@ -251,7 +252,8 @@ def test_a_run_stopped_in_a_rollout_goes_on_bit_for_bit(tmp_path):
         assert done.returncode == {"straight": 0, "stopped": 143}[name], done.stderr
         assert "Traceback" not in done.stderr
     assert common.newest_checkpoint(tmp_path / "run-stopped")[1] == 1
-    done = run_main("grpo.py", *ONE_BY_ONE, 0, "--output-dir", tmp_path / "run-stopped", "--resume")
+    flags = [10**6, tmp_path / "resumed", *ONE_BY_ONE, 0, "--output-dir", tmp_path / "run-stopped", "--resume"]
+    done = run_script(str(tmp_path / "itself.py"), *flags)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"run-{name}" / "final" / "model.safetensors") for name in ("straight", "stopped"))
     assert all((one[name] == two[name]).all() for name in one)

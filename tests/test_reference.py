@@ -5,7 +5,7 @@ Nothing of the project computes the expected side: the model is transformers' ow
 
 import pytest
 import torch
-from capture import puzzles
+from capture import in_float64, puzzles
 from conftest import read_metrics
 from safetensors.torch import load_file
 from test_invariance import SMALL, distance, launch
@@ -20,7 +20,7 @@ PROMPTS, GROUP, TEMPERATURE, BETA, FLAT = 4, 4, 0.7, 0.1, [2]
 
 @pytest.fixture
 def model():
-    return AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny"], dtype=torch.float64)
+    return in_float64(AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny"], dtype=torch.float64))
 
 
 def in_order_of_the_optimizer(model):
@@ -120,6 +120,7 @@ def test_a_step_of_distillation(tmp_path, tokenizer, model, estimator):
     case = {"name": "run", "script": "onpolicy_distill", "flags": flags, "frozen": True, "float64": True}
     launch([case], tmp_path, processes=1)
     teacher = AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny-teacher"], dtype=torch.float64)
+    teacher = in_float64(teacher)
     drawn, terms, value = load_file(tmp_path / "run-0.safetensors"), [], 0.0
     for b, row in enumerate(common.data_order(16, 1, 0, 8)):
         prompt = encode_prompt(tokenizer, puzzles([])[row].prompt)

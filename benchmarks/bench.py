@@ -1,0 +1,281 @@
+"""RLFusion and TRL at the same work, alternating: seconds a step, tokens a second, peak memory, and the floor.
+
+    pip install trl  # for this benchmark only; or in another environment: --trl-python PATH
+    python benchmarks/bench.py --model SmolLM2-135M-Instruct --output bench
+    python benchmarks/bench.py --model SmolLM2-135M-Instruct --output bench-quick --quick
+
+The work, in float32 on a CPU and under bf16 autocast on a GPU, TRL's gradient checkpointing off but for `tuned`'s try:
+
+    sft       16 conversations of 40 to 315 tokens (SmolLM2's), the answers train
+    grpo      4 prompts x 8 completions of exactly 128 tokens, rewards 0 and 1 in turn: no group is without a gradient
+    natural   likewise, but completions end where the model ends them (at most 256), and the rewards are real
+    distill   16 completions of exactly 128 tokens, --teacher the teacher
+    startup   until --help has ended, and until the first step of `tiny` begins
+
+Every measurement is a process of its own, which takes --steps steps: the last one counts, and the peak of the whole
+process. Ours runs with default flags. TRL runs with its defaults (`default`: the batch at once) and as fast as we could
+make it (`tuned`: before the rounds, each of TUNED runs once; the fastest competes). Ratios are ours to theirs within a
+round.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+import tyro
+
+import common
+import envs
+
+HERE = Path(__file__).resolve().parent
+GROUPED = {"train_sampling_strategy": "group_by_length"}
+TUNED = {  # settings of TRL that are tried: examples a pass and passes a step, and others
+    "sft": [(2, 8, {}), (4, 4, {}), (2, 8, GROUPED), (8, 2, {"gradient_checkpointing": True})],
+    "grpo": [(4, 8, {}), (8, 4, {}), (2, 16, {})],
+    "natural": [(4, 8, {}), (8, 4, {})],
+    "distill": [(4, 4, {}), (2, 8, {}), (8, 2, {})],
+}
+DEFAULT = {"sft": (16, 1, {}), "grpo": (32, 1, {}), "natural": (32, 1, {}), "distill": (16, 1, {})}
+FORCED = 128
+ENVIRONMENT = """import itertools, json, pathlib, envs
+turn = itertools.count()
+class Alternating(envs.EnvBase):
+    def get_reward(self, completion):
+        return float(next(turn) % 2)
+def dataset():
+    return [Alternating(json.loads(line)["prompt"]) for line in pathlib.Path(PATH).read_text().splitlines()]
+"""
+
+
+@dataclass
+class Args:
+    model: str
+    """folder of the model"""
+    output: str
+    """folder for raw.json and what the processes wrote; must be new"""
+    teacher: str | None = None
+    """default: the model itself"""
+    tasks: tuple[str, ...] = ("sft", "grpo", "natural", "distill", "startup")
+    rivals: tuple[str, ...] = ("default", "tuned")
+    rounds: int = 3
+    steps: int = 2
+    """of each process; the optimizer's moments exist from the end of the first one on"""
+    trl_python: str = sys.executable
+    quick: bool = False
+    """one round of sft and grpo against tuned TRL, and startup: about 10 minutes on two cores"""
+
+
+def write_data(model: str, folder: Path) -> dict[str, list]:
+    """The files that both sides read; (tokens, trained tokens) of each conversation, and tokens of each prompt."""
+    tokenizer = common.load_tokenizer(model)
+    dataset = envs.load_dataset("math", "train", num_samples=16)
+    words = "the a of model answer to train why is this that number when we add two and three it because so not yes"
+    rows, sizes, overhead = [], [], len(common.encode_prompt(tokenizer, [{"role": "user", "content": ""}]))
+    for i in range(16):
+        count = round(40 * 8.5 ** ((i + 0.5) / 16)) - overhead - 2  # words, about one token each, two thirds to train
+        text = (words.split() * 20)[i : i + max(count, 3)]
+        turns = zip(("user", "assistant"), (text[: len(text) // 3], text[len(text) // 3 :]), strict=True)
+        rows.append({"messages": [{"role": role, "content": " ".join(part)} for role, part in turns]})
+        ids, mask = common.encode_chat(tokenizer, rows[-1]["messages"])
+        sizes.append((len(ids), sum(mask)))
+    prompts = [{"prompt": dataset[i].prompt, "answer": dataset[i].answer} for i in range(16)]
+    for name, lines in (("sft", rows), ("distill", prompts), ("grpo", prompts[:4]), ("natural", prompts[:4])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "alternating.py").write_text(ENVIRONMENT.replace("PATH", repr(str(folder / "grpo.jsonl"))))
+    return {"sft": sizes, "prompts": [len(common.encode_prompt(tokenizer, row["prompt"])) for row in prompts]}
+
+
+def run(command: list[str], log: Path) -> list[tuple[float, str]]:
+    """The lines a process printed, each with the seconds since its launch. Raises when it fails."""
+    started, lines = time.time(), []
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+        for line in process.stdout or []:
+            lines.append((time.time() - started, line))
+    log.write_text("".join(line for _, line in lines))
+    if process.returncode:
+        raise common.UserError(f"{' '.join(command)} failed, see {log}: {lines[-1][1].strip() if lines else ''}")
+    return [(time.time() - started, ""), *lines]
+
+
+def ours(task: str, args: Args, folder: Path, name: str) -> dict[str, float]:
+    flags = ["--model", args.model, "--num-steps", args.steps, "--eval-steps", 0, "--learning-rate", 1e-6]
+    flags += ["--output-dir", folder / name, "--logging-steps", 1, "--saving-steps", 1000]
+    forced, data = [HERE / "forced_length.py"], folder / f"{task}.jsonl"
+    if task == "sft":
+        script: list[Any] = [HERE.parent / "sft.py", "--dataset", data, "--batch-size", 16]
+    elif task == "natural":
+        script = [HERE.parent / "grpo.py", "--dataset", data, "--batch-size", 4]
+    elif task == "grpo":
+        script = [*forced, "grpo", "--dataset", f"{folder / 'alternating.py'}:dataset", "--batch-size", 4]
+    else:
+        script = [*forced, "onpolicy_distill", "--dataset", data, "--batch-size", 16]
+        script += ["--teacher-model", args.teacher or args.model]
+    script += ["--max-new-tokens", FORCED] * (task in ("grpo", "distill"))
+    run([sys.executable, *map(str, script + flags)], folder / f"{name}.log")
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(lines[-1])
+    return {"time/rollout": 0.0, **{k: v for k, v in line.items() if k.startswith(("time", "perf", "completion/len"))}}
+
+
+def theirs(task: str, args: Args, folder: Path, name: str, setting: tuple[int, int, dict]) -> dict[str, float]:
+    size, passes, options = setting
+    config = {"task": task, "model": args.model, "data": str(folder / f"{task}.jsonl"), "steps": args.steps}
+    config |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes, **options}
+    if task == "distill":
+        config["teacher"] = args.teacher or args.model
+    if task in ("grpo", "distill"):
+        config["forced"] = FORCED
+    printed = run([args.trl_python, str(HERE / "trl_step.py"), json.dumps(config)], folder / f"{name}.log")
+    steps = [json.loads(line) for _, line in printed if line.startswith('{"step"')]
+    return steps[-1] | {"time/train": steps[-1]["time/step"] - steps[-1]["time/rollout"]}
+
+
+def machine() -> dict[str, float]:
+    """Multiply-adds of a 2048-cubed product as FLOP/s, and bytes a second of reading 256 MB, in the computing dtype."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = common.pick_compute("auto", "auto", device)[0]
+    a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
+    x = torch.randn(2**26, device=device)
+
+    def seconds(function: Any, repeats: int) -> float:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / repeats
+
+    return {"flops": 2 * 2048**3 / seconds(lambda: a @ b, 20), "bytes": 2**28 / seconds(lambda: x.sum(), 10)}
+
+
+def needed(task: str, args: Args, sizes: dict[str, list], speed: dict[str, float]) -> dict[str, float]:
+    """The floor in seconds: FLOPs, without padding and recomputation, over the measured rate.
+
+    A decoding step takes its FLOPs or the reading of the weights, whichever is longer. `once`: a prefix that sequences
+    share is counted once (of SFT's conversations: what the template writes before each; of completions: their prompt).
+    """
+    config = common.load_config(args.model)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    trunk = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+
+    def forward(sequences: list[tuple[int, int]], shared: int) -> float:
+        attention = sum(2 * tokens**2 * width * config.num_hidden_layers for tokens, _ in sequences)  # causal
+        computed = sum(tokens for tokens, _ in sequences) - shared
+        return 2 * trunk * computed + 2 * head.weight.numel() * sum(trained for _, trained in sequences) + attention
+
+    if task == "sft":
+        template = len(common.encode_prompt(common.load_tokenizer(args.model), [{"role": "user", "content": ""}]))
+        sequences, shared, passes = sizes["sft"], 15 * (template - 5), 3  # a backward pass is two forward ones
+        decoding = 0.0
+    else:
+        prompts = sizes["prompts"] if task == "distill" else sizes["prompts"][:4] * 8
+        shared = 0 if task == "distill" else 7 * sum(sizes["prompts"][:4])
+        sequences, passes = [(tokens + FORCED, FORCED) for tokens in prompts], 4 if task == "distill" else 3
+        weights = trunk + head.weight.numel()
+        step = max(2 * weights * len(prompts) / speed["flops"], 4 * weights / speed["bytes"])
+        decoding = FORCED * step + 2 * trunk * (sum(prompts) - shared) / speed["flops"]
+    result = {"rollout": decoding, "train": passes * forward(sequences, 0) / speed["flops"]}
+    return result | {"train, shared prefixes once": passes * forward(sequences, shared) / speed["flops"]}
+
+
+def spread(values: list[float], form: str = "{:.2f}") -> str:
+    return " ".join(form.format(v) for v in (statistics.median(values), min(values), max(values)))
+
+
+def startup(args: Args, folder: Path, n: int) -> dict[str, float]:
+    """Seconds from launch: of --help, and until the first step of GRPO on `tiny` begins, ours and TRL's."""
+    scripts = {name: str(HERE.parent / f"{name}.py") for name in ("sft", "grpo", "onpolicy_distill", "evaluate")}
+    result = {}
+    for name, script in scripts.items():
+        result[f"{name} --help"] = run([sys.executable, script, "--help"], folder / "help.log")[0][0]
+    flags = ["--num-steps", "1", "--eval-steps", "0", "--batch-size", "4", "--max-new-tokens", "32"]
+    name = f"startup-{n}"
+    lines = run([sys.executable, scripts["grpo"], *flags, "--output-dir", str(folder / name)], folder / f"{name}.log")
+    metrics = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0])
+    at = next(seconds for seconds, line in lines[1:] if line.startswith("step 1/"))
+    result["ours: first step begins"] = at - metrics["time/step"]
+    config = {"task": "grpo", "model": common.BUNDLED["tiny"], "data": str(folder / "grpo.jsonl"), "steps": 1}
+    config |= {"per_device_train_batch_size": 32, "forced": 32}
+    launched = time.time()
+    printed = run([args.trl_python, str(HERE / "trl_step.py"), json.dumps(config)], folder / f"{name}-trl.log")
+    begun = next(json.loads(line) for _, line in printed if line.startswith('{"step"'))["begun_at"]
+    return result | {"trl: first step begins": begun - launched}
+
+
+def main(args: Args) -> None:
+    folder = Path(args.output).resolve()
+    if folder.exists():
+        raise common.UserError(f"--output {folder} exists: choose another")
+    folder.mkdir(parents=True)
+    args.model = str(Path(args.model).resolve())
+    if args.quick:
+        args.tasks, args.rivals, args.rounds = ("sft", "grpo", "startup"), ("tuned",), 1
+    sizes = write_data(args.model, folder)
+    raw: dict[str, Any] = {"args": vars(args), "threads": torch.get_num_threads(), "rounds": [], "tried": []}
+    print(f"{Path(args.model).name}, {raw['threads']} threads, torch {torch.__version__}")
+    for task in args.tasks:
+        if task == "startup":
+            raw["startup"] = [startup(args, folder, n) for n in range(args.rounds)]
+            for name in raw["startup"][0]:
+                print(f"startup   {name:26} {spread([r[name] for r in raw['startup']])} s", flush=True)
+            continue
+        settings = {"default": DEFAULT[task]}
+        if "tuned" in args.rivals:
+            tried = []
+            for n, setting in enumerate(TUNED[task][: 1 if args.quick else None]):
+                result = theirs(task, args, folder, f"{task}-try{n}", setting)
+                tried.append((result["time/step"], setting))
+                raw["tried"].append({"task": task, "setting": setting, **result})
+                words = f"{result['time/step']:.1f} s, {result['perf/peak_memory_gb']:.1f} GB"
+                print(f"{task:9} trying {setting}: {words}", flush=True)
+            settings["tuned"] = min(tried, key=lambda pair: pair[0])[1]
+        rounds = []
+        for n in range(args.rounds):
+            results: dict[str, dict[str, float]] = {"machine": machine()}
+            results["ours"] = ours(task, args, folder, f"{task}-{n}-ours")
+            for rival in args.rivals:
+                results[rival] = theirs(task, args, folder, f"{task}-{n}-{rival}", settings[rival])
+            for who in ("ours", *args.rivals):
+                r = results[who]
+                parts = f"rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"
+                print(
+                    f"{task:9} round {n} {who:8} {r['time/step']:6.1f} s = {parts}, {r['perf/peak_memory_gb']:.1f} GB"
+                )
+            rounds.append(results)
+            raw["rounds"].append({"task": task, "round": n, **results})
+            (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for rival in args.rivals:
+            for name, key in (("time", "time/step"), ("memory", "perf/peak_memory_gb")):
+                ratios = [r["ours"][key] / r[rival][key] for r in rounds]
+                print(f"{task:9} {name} to {rival} TRL: {spread(ratios)}  (median, min, max)", flush=True)
+        if task != "natural":
+            speed = {key: statistics.median([r["machine"][key] for r in rounds]) for key in ("flops", "bytes")}
+            floor = needed(task, args, sizes, speed)
+            print(f"{task:9} machine: {speed['flops'] / 1e9:.0f} GFLOP/s, {speed['bytes'] / 1e9:.0f} GB/s")
+            for name, seconds in floor.items():
+                took = statistics.median([r["ours"][f"time/{name.split(',')[0]}"] for r in rounds])
+                if seconds:
+                    print(f"{task:9} floor of {name}: {seconds:.1f} s, {seconds / took:.0%} of ours", flush=True)
+            raw[f"floor of {task}"] = floor | speed
+    (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    common.run(main, tyro.cli(Args))
