@@ -39,8 +39,8 @@ from rich.progress import Progress
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim import AdamW, Optimizer
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import disable_progress_bar
@@ -51,10 +51,10 @@ from envs import EnvBase, Message, UserError
 disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = {name: str(HERE / "models" / name) for name in ("tiny", "tiny-teacher")}  # models that come with the project
-HEAD_LOGITS = 2**23  # logits that exist at a time, 32 MB in float32: 55 positions of Qwen2.5's 151,936 tokens
+HEAD_LOGITS = 2**25 if torch.cuda.is_available() else 2**23  # that exist at a time, 32 MB: 55 of Qwen2.5's positions
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
-MICRO_BATCH_TOKENS = {"cuda": 4096, "cpu": 640}  # a CPU is as fast with few, and they take less memory
-KV_TOKENS = {"cuda": 16, "cpu": 100}  # times as many does generation hold: keys and values take that much less memory
+MICRO_BATCH_TOKENS = 4096 if torch.cuda.is_available() else 640  # a CPU is as fast with few: they take less memory
+KV_TOKENS = 65536 // MICRO_BATCH_TOKENS  # times as many does generation hold: keys and values take that much less
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
@@ -80,8 +80,15 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         main(args)
     except Exception as error:
         disk_full = "No space left on device" in str(error)  # Python's files and safetensors raise different errors
-        if not (disk_full or isinstance(error, UserError)):
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+            error
+        )
+        if not (disk_full or out_of_memory or isinstance(error, UserError)):
             raise
+        if out_of_memory:
+            now = getattr(args, "micro_batch_tokens", MICRO_BATCH_TOKENS)
+            first = str(error).splitlines()[0] if str(error) else "out of memory"
+            error = UserError(f"{first}; lower --micro-batch-tokens, now {now}: the gradient stays the same")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
         print(f"error: {error}" + disk_full * "; free some, then go on with --resume", file=sys.stderr)
@@ -135,8 +142,6 @@ def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Acceler
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(f"the launcher started {world_size} processes but {accelerator.num_processes} joined")
-    if args.micro_batch_tokens is None:
-        args.micro_batch_tokens = MICRO_BATCH_TOKENS[accelerator.device.type]
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         # Freed blocks stay with the process: to hand them back and get them zeroed again costs a tenth of a CPU's time.
         libc.mallopt(M_MMAP_THRESHOLD, 2**24)
@@ -430,7 +435,7 @@ def require_rewards(dataset: Any) -> None:
 
 
 # ---- Log-probs: no padding, no prefix twice; the head in chunks, at trained positions only, recomputed in backward ---
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Any:
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
     """The library's attention, and for packed sequences that of each, (1, heads, tokens, D).
 
     `packed_rows`: for each sequence how many tokens it shares with the one before, and how many of its own follow.
@@ -470,11 +475,11 @@ def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], Tensor]:
     for row in range(1, len(ids)):
         where[row, : shared[row]] = where[row - 1, : shared[row]]
     rows = torch.stack([shared, ends - shared], dim=1).tolist()
-    packed = {"input_ids": ids[own][None], "position_ids": time.expand_as(own)[own][None]}
-    packed = {name: tensor.to(input_ids.device) for name, tensor in packed.items()}
     # The library builds no mask of its own where it gets one of four dimensions.
-    packed |= {"attention_mask": torch.ones(1, 1, 1, 1, device=input_ids.device), "packed_rows": rows}
-    return packed, where.to(input_ids.device)
+    packed = {"input_ids": ids[own][None], "position_ids": time.expand_as(own)[own][None]}
+    packed["attention_mask"] = torch.ones(1, 1, 1, 1)
+    on_device = {name: tensor.to(input_ids.device) for name, tensor in packed.items()}
+    return {**on_device, "packed_rows": rows}, where.to(input_ids.device)
 
 
 class ChunkedLM(nn.Module):
@@ -511,17 +516,62 @@ class ChunkedLM(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, chunk_fn: Callable, *per_token: Tensor
-    ) -> list[Any]:
-        """What `chunk_fn` returns of each chunk of trained tokens, in their order.
-
-        The tensors are (B, T); `chunk_fn` gets logits (N, V), targets (N,) and its part of each `per_token`, (N, ...).
-        """
+    ) -> tuple[Tensor, ...]:
+        """What `chunk_fn` returns of the trained tokens, N in all; see `ChunkedHead`. The first three are (B, T)."""
         targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
-        parts = (self.states(input_ids, attention_mask, loss_mask), targets, *per_token)
-        size = max(HEAD_LOGITS // self.model.get_output_embeddings().weight.shape[0], 1)
-        chunks = zip(*(part.split(size) for part in parts), strict=True)
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        return [checkpoint(lambda states, *rest: chunk_fn(self.head(states), *rest), *c, **options) for c in chunks]
+        states, head = self.states(input_ids, attention_mask, loss_mask), self.model.get_output_embeddings()
+        dtype = head.weight.dtype if self.dtype == torch.float32 else self.dtype
+        parameters = (head.weight, head.bias, self.vocab_size, dtype)
+        return ChunkedHead.apply(chunk_fn, parameters[2:], *parameters[:2], states, targets, *per_token)
+
+
+class ChunkedHead(torch.autograd.Function):
+    """`chunk_fn` of the logits, `HEAD_LOGITS` of them at a time, and of further tensors with a row for each token.
+
+    It gets logits (n, V), targets (n,) and its part of each `per_token`, (n, ...), and returns tensors: those of a row
+    for each token are put together, scalars are added. Only the first has a gradient. Backward computes a chunk's
+    logits again, and adds to one gradient of the head: a product for each chunk would be as large as the head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chunk_fn: Callable, options: tuple, weight: Tensor, bias: Any, *per_token: Tensor) -> Any:
+        ctx.save_for_backward(weight, bias, *per_token)
+        ctx.chunk_fn, (ctx.vocab_size, ctx.dtype) = chunk_fn, options
+        chunks = [chunk_fn(logits, *rest) for logits, _, *rest in ChunkedHead.chunks(ctx, weight, bias, per_token)]
+        outputs = tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*chunks, strict=True))
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def chunks(ctx: Any, weight: Tensor, bias: Tensor | None, per_token: Sequence[Tensor]) -> Generator[list[Tensor]]:
+        """(logits, states, targets, ...) of each chunk; the logits are of the tokens that the tokenizer knows."""
+        weight = weight[: ctx.vocab_size].to(ctx.dtype)  # (V, H)
+        bias = None if bias is None else bias[: ctx.vocab_size].to(ctx.dtype)
+        for states, *rest in zip(*(t.split(max(HEAD_LOGITS // len(weight), 1)) for t in per_token), strict=True):
+            logits = nn.functional.linear(states.to(ctx.dtype), weight, bias)
+            yield [logits.to(torch.promote_types(ctx.dtype, torch.float32)), states, *rest]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        weight, bias, *per_token = ctx.saved_tensors
+        d_weight, d_states = torch.zeros_like(weight), torch.empty_like(per_token[0])
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        cast, done = weight[: ctx.vocab_size].to(ctx.dtype), 0
+        for logits, states, *rest in ChunkedHead.chunks(ctx, weight, bias, per_token):
+            rows = slice(done, done + len(states))
+            with torch.enable_grad():
+                output = ctx.chunk_fn(logits.requires_grad_(), *rest)[0]
+            (d_logits,) = torch.autograd.grad(output, logits, grad[rows] if grad.ndim else grad)
+            d_logits, done = d_logits.to(ctx.dtype), rows.stop
+            d_states[rows] = d_logits @ cast
+            if ctx.dtype == weight.dtype:
+                d_weight[: len(cast)].addmm_(d_logits.T, states.to(ctx.dtype))
+            else:
+                d_weight[: len(cast)] += d_logits.T @ states.to(ctx.dtype)
+            if d_bias is not None:
+                d_bias[: len(cast)] += d_logits.sum(0)
+        return None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
 
 
 def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -554,9 +604,8 @@ def token_logprobs(
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
     chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature, entropy=entropy)
-    chunks = model(input_ids, attention_mask, loss_mask, chunk_fn)
+    values = model(input_ids, attention_mask, loss_mask, chunk_fn)  # (N,) each
     trained = nn.functional.pad(loss_mask[:, 1:], (1, 0)).bool()  # (B, T); column 0 never trains
-    values = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # (N,) each
     logprobs, entropies = (part.new_zeros(trained.shape).masked_scatter(trained, part) for part in values)
     return logprobs, entropies
 
@@ -777,7 +826,7 @@ class HFEngine:
 
     def __init__(self, model: Any, tokenizer: Any, micro_batch_tokens: int, dtype: torch.dtype = torch.float32):
         self.model, self.dtype, self.name = model, dtype, "transformers"
-        self.max_tokens = KV_TOKENS[model.device.type] * micro_batch_tokens
+        self.max_tokens = KV_TOKENS * micro_batch_tokens
         self.stop_ids = stop_token_ids(model.source_generation_config, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.context_length, self.vocab_size = context_length(model.config), vocab_size(tokenizer)

@@ -67,7 +67,7 @@ class Args:
     """what samples completions: transformers' generate, or vLLM"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"tensor_parallel_size": 2}'"""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
     """the memory knob of hf, as in the trainers: generation holds 16 times as many tokens, on a CPU 100 times"""
 
     # Run

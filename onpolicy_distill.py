@@ -102,8 +102,8 @@ class Args:
     """AdamW's, on matrices only"""
     max_grad_norm: float = 1.0
     """clip the gradient's norm to this; inf: never"""
-    micro_batch_tokens: int | None = None
-    """the memory knob: tokens per forward and backward pass; default 4096, on a CPU 640. The gradient is the same"""
+    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
+    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 640 on a CPU. The gradient is the same"""
 
     # Evaluation
     eval_steps: int = 50
@@ -180,14 +180,14 @@ def full_kl_of_chunk(
     teacher: common.ChunkedLM,
     temperature: float,
     denominator: float,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """`reverse_kl_loss` of a chunk, (N, V), (N,), (N, H), and its tokens' log-probs, (N,). Backward calls it again."""
+) -> tuple[torch.Tensor, ...]:
+    """`reverse_kl_loss` of a chunk, (N, V), (N,), (N, H): the loss, its sums, and log-probs of the targets, (N,)."""
     student_logits = common.scaled(student_logits, temperature)  # (N, V)
     teacher_logits = common.scaled(teacher.head(teacher_states), temperature)  # (N, V)
     loss, metrics = reverse_kl_loss(student_logits, teacher_logits, torch.ones_like(targets), denominator=denominator)
     with torch.no_grad():
         logprobs = student_logits.gather(-1, targets[:, None])[:, 0] - student_logits.logsumexp(-1)
-    return loss, metrics, logprobs
+    return loss, *metrics.values(), logprobs
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -310,11 +310,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                 if args.loss == "full":
                     with torch.no_grad():
                         teacher_states = teacher.states(*inputs)  # (N, H)
-                    chunks = policy(*inputs, functools.partial(full_kl_of_chunk, **chunk_options), teacher_states)
-                    losses, metrics_of_chunks, logprobs_of_chunks = zip(*chunks, strict=True)
-                    loss, logprobs = sum(losses), torch.cat(logprobs_of_chunks)  # logprobs: (N,)
-                    for metrics_of_chunk in metrics_of_chunks:
-                        sums.update(metrics_of_chunk)
+                    chunk_fn = functools.partial(full_kl_of_chunk, **chunk_options)
+                    loss, kl, entropy, logprobs = policy(*inputs, chunk_fn, teacher_states)  # logprobs: (N,)
+                    sums.update({"loss/reverse_kl": kl, "teacher/entropy": entropy})
                 else:
                     student_logprobs, _ = common.token_logprobs(policy, *inputs, args.temperature, entropy=False)
                     with torch.no_grad():

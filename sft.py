@@ -86,8 +86,8 @@ class Args:
     """AdamW's, on matrices only"""
     max_grad_norm: float = 1.0
     """clip the gradient's norm to this; inf: never"""
-    micro_batch_tokens: int | None = None
-    """the memory knob: tokens per forward and backward pass; default 4096, on a CPU 640. The gradient is the same"""
+    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
+    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 640 on a CPU. The gradient is the same"""
 
     # Evaluation
     eval_steps: int = 100

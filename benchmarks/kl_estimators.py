@@ -36,7 +36,7 @@ class Args:
     repeats: int = 20
     """gradients, each of fresh completions"""
     max_new_tokens: int = 32
-    micro_batch_tokens: int = 640
+    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
 
 
 def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
@@ -71,7 +71,7 @@ def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
             if estimator == "full":
                 options = {"teacher": teacher, "temperature": 1.0, "denominator": tokens}
                 chunk_fn = functools.partial(onpolicy_distill.full_kl_of_chunk, **options)
-                loss = sum(chunk[0] for chunk in policy(*inputs, chunk_fn, states))
+                loss = policy(*inputs, chunk_fn, states)[0]
             else:
                 logprobs, _ = common.token_logprobs(policy, *inputs)
                 loss, _ = onpolicy_distill.sampled_kl_loss(logprobs, scores, batch.loss_mask, denominator=tokens)

@@ -66,8 +66,8 @@ BUGS = {  # name -> file, what stands there once, what is planted
     "prompt in the loss": ("grpo.py", "[0] * len(prompts[i])", "[1] * len(prompts[i])"),
     "token at a chunk's edge counted twice": (
         "common.py",
-        "(torch.cat(parts) for parts",
-        "(torch.cat([torch.cat([p[:-1], 2 * p[-1:]]) for p in parts]) for parts",
+        "tuple(torch.cat(p) if",
+        "tuple(torch.cat([torch.cat([q[:-1], 2 * q[-1:]]) for q in p]) if",
     ),
     "log-probs of the engine as the old ones": (
         "grpo.py",

@@ -263,13 +263,19 @@ def test_nothing_predicts_the_first_token_and_no_token_may_train(tiny):
 
 
 def test_full_logits_of_a_batch_never_exist(tiny, batch, monkeypatch):
-    sizes = []
+    sizes, function = [], common.logprob_and_entropy
+
+    def recorded(logits, *args, **options):
+        sizes.append(tuple(logits.shape))
+        return function(logits, *args, **options)
+
+    monkeypatch.setattr(common, "logprob_and_entropy", recorded)
     monkeypatch.setattr(common, "HEAD_LOGITS", 4 * tiny.config.vocab_size + 7)
-    hook = tiny.get_output_embeddings().register_forward_hook(lambda _m, _i, out: sizes.append(out.shape[0]))
     ids, masks = batch
-    token_logprobs(tiny, pad(ids, "right"), pad([[1] * len(i) for i in ids], "right"), pad(masks, "right"))
-    hook.remove()
-    assert sizes == [4, 4, 3]  # 11 trained tokens of 33
+    logprobs, _ = token_logprobs(tiny, *(pad(x, "right") for x in (ids, [[1] * len(i) for i in ids], masks)))
+    logprobs.sum().backward()
+    tiny.zero_grad()
+    assert sizes == 2 * [(4, 299), (4, 299), (3, 299)]  # 11 trained tokens of 33; backward computes them again
 
 
 # ---- Packed sequences

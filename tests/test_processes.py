@@ -217,7 +217,7 @@ def counted(self, *args):
     return generate_batch(self, *args)
 
 common.HFEngine.generate_batch = counted
-common.KV_TOKENS["cpu"] = 1
+common.KV_TOKENS = 1
 common.run(grpo.main, tyro.cli(grpo.Args))
 """
 # One completion a generation batch: 8 batches a rollout, 4 an evaluation of 8 problems shared by two processes.
@@ -289,3 +289,31 @@ def make():
     _, err = process.communicate(timeout=10)
     assert process.returncode == code
     assert "Traceback" not in err
+
+
+def test_running_out_of_memory_names_the_one_knob(tmp_path):
+    (tmp_path / "little.py").write_text(f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import tyro
+import common, grpo
+
+micro_batches = common.micro_batches
+
+def with_little_memory(*args, **options):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + 2**22
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    return micro_batches(*args, **options)
+
+common.micro_batches = with_little_memory
+common.run(grpo.main, tyro.cli(grpo.Args))
+""")
+    flags = ["--batch-size", 64, "--eval-steps", 0, "--max-new-tokens", 16, "--micro-batch-tokens", 10**6]
+    done = run_script(str(tmp_path / "little.py"), *flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert re.fullmatch(
+        r"error: .*memory.*; lower --micro-batch-tokens, now 1000000: the gradient stays the same", line
+    )

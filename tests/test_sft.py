@@ -115,8 +115,8 @@ def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer):
 
     envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
     conversations, accelerator = sft.encode(envs, tokenizer, 512, {})[0], Accelerator(cpu=True)
-    one = sft.evaluate_loss(accelerator, tiny, conversations, 10_000)
-    cut = sft.evaluate_loss(accelerator, tiny, conversations, 1)
+    one = sft.evaluate_loss(accelerator, common.ChunkedLM(tiny), conversations, 10_000)
+    cut = sft.evaluate_loss(accelerator, common.ChunkedLM(tiny), conversations, 1)
     tokens, total = sum(sum(mask) for _, mask in conversations), 0.0
     for ids, mask in conversations:
         logprobs = tiny(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
