@@ -80,15 +80,14 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         main(args)
     except Exception as error:
         disk_full = "No space left on device" in str(error)  # Python's files and safetensors raise different errors
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-            error
-        )
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and of Python
+        out_of_memory = out_of_memory or "can't allocate memory" in str(error)  # of PyTorch on a CPU
         if not (disk_full or out_of_memory or isinstance(error, UserError)):
             raise
         if out_of_memory:
-            now = getattr(args, "micro_batch_tokens", MICRO_BATCH_TOKENS)
-            first = str(error).splitlines()[0] if str(error) else "out of memory"
-            error = UserError(f"{first}; lower --micro-batch-tokens, now {now}: the gradient stays the same")
+            reason = (str(error) or "out of memory").splitlines()[0]
+            knob = f"--micro-batch-tokens, now {args.micro_batch_tokens}"
+            error = UserError(f"{reason}; lower {knob}: the gradient stays the same")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
         print(f"error: {error}" + disk_full * "; free some, then go on with --resume", file=sys.stderr)
@@ -281,13 +280,13 @@ def can_pack(model: Any) -> bool:
         return False
     ids = torch.tensor([[1, 2, 3, 0], [1, 2, 0, 3], [0, 3, 1, 2]], device=model.device)
     batch = (ids, torch.ones_like(ids), torch.ones_like(ids))
-    lm, states = ChunkedLM(model), []
-    for lm.packs in (False, True):
-        try:
-            states.append(lm.states(*batch))
-        except (TypeError, ValueError, RuntimeError):  # it takes no `packed_rows`
-            return False
-    return torch.allclose(*states, rtol=0, atol=0.05 * states[0].std().item())
+    padded, packed = ChunkedLM(model), ChunkedLM(model)
+    padded.packs, packed.packs = False, True
+    expected = padded.states(*batch)
+    try:
+        return torch.allclose(packed.states(*batch), expected, rtol=0, atol=0.05 * expected.std().item())
+    except (TypeError, ValueError, RuntimeError):  # it takes no `packed_rows`
+        return False
 
 
 def vocab_size(tokenizer: Any) -> int:
@@ -510,9 +509,8 @@ class ChunkedLM(nn.Module):
 
     def head(self, states: Tensor) -> Tensor:
         """(N, H) -> logits of the tokens that the tokenizer knows, (N, V), in float32 at least."""
-        with torch.autocast(states.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        head = self.model.get_output_embeddings()
+        return head_logits(states, *known_rows(head.weight, head.bias, self.vocab_size, self.dtype))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, chunk_fn: Callable, *per_token: Tensor
@@ -520,9 +518,20 @@ class ChunkedLM(nn.Module):
         """What `chunk_fn` returns of the trained tokens, N in all; see `ChunkedHead`. The first three are (B, T)."""
         targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         states, head = self.states(input_ids, attention_mask, loss_mask), self.model.get_output_embeddings()
-        dtype = head.weight.dtype if self.dtype == torch.float32 else self.dtype
-        parameters = (head.weight, head.bias, self.vocab_size, dtype)
-        return ChunkedHead.apply(chunk_fn, parameters[2:], *parameters[:2], states, targets, *per_token)
+        options = (chunk_fn, self.vocab_size, self.dtype)
+        return ChunkedHead.apply(*options, head.weight, head.bias, states, targets, *per_token)
+
+
+def known_rows(weight: Tensor, bias: Tensor | None, vocab_size: int | None, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """A head without the rows that no token has, (V, H) and (V,) or None; float32: in the dtype that it is in."""
+    dtype = weight.dtype if dtype == torch.float32 else dtype
+    return weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype)
+
+
+def head_logits(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(n, H), (V, H), (V,) -> (n, V), in float32 at least."""
+    logits = nn.functional.linear(states.to(weight.dtype), weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -534,44 +543,45 @@ class ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, chunk_fn: Callable, options: tuple, weight: Tensor, bias: Any, *per_token: Tensor) -> Any:
+    def forward(
+        ctx: Any, chunk_fn: Any, vocab_size: Any, dtype: Any, weight: Any, bias: Any, *per_token: Tensor
+    ) -> Any:
         ctx.save_for_backward(weight, bias, *per_token)
-        ctx.chunk_fn, (ctx.vocab_size, ctx.dtype) = chunk_fn, options
-        chunks = [chunk_fn(logits, *rest) for logits, _, *rest in ChunkedHead.chunks(ctx, weight, bias, per_token)]
-        outputs = tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*chunks, strict=True))
+        known = known_rows(weight, bias, vocab_size, dtype)
+        ctx.chunk_fn, ctx.known, ctx.size = chunk_fn, (vocab_size, dtype), max(HEAD_LOGITS // len(known[0]), 1)
+        chunks = zip(*(t.split(ctx.size) for t in per_token), strict=True)
+        results = [chunk_fn(head_logits(states, *known), *rest) for states, *rest in chunks]
+        outputs = tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*results, strict=True))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
-
-    @staticmethod
-    def chunks(ctx: Any, weight: Tensor, bias: Tensor | None, per_token: Sequence[Tensor]) -> Generator[list[Tensor]]:
-        """(logits, states, targets, ...) of each chunk; the logits are of the tokens that the tokenizer knows."""
-        weight = weight[: ctx.vocab_size].to(ctx.dtype)  # (V, H)
-        bias = None if bias is None else bias[: ctx.vocab_size].to(ctx.dtype)
-        for states, *rest in zip(*(t.split(max(HEAD_LOGITS // len(weight), 1)) for t in per_token), strict=True):
-            logits = nn.functional.linear(states.to(ctx.dtype), weight, bias)
-            yield [logits.to(torch.promote_types(ctx.dtype, torch.float32)), states, *rest]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         weight, bias, *per_token = ctx.saved_tensors
+        known = known_rows(weight, bias, *ctx.known)  # again: in bfloat16 a copy, which would live until here
+        size, count, dtype = ctx.size, len(known[0]), known[0].dtype
         d_weight, d_states = torch.zeros_like(weight), torch.empty_like(per_token[0])
         d_bias = None if bias is None else torch.zeros_like(bias)
-        cast, done = weight[: ctx.vocab_size].to(ctx.dtype), 0
-        for logits, states, *rest in ChunkedHead.chunks(ctx, weight, bias, per_token):
-            rows = slice(done, done + len(states))
+        grads = grad.split(size) if grad.ndim else itertools.repeat(grad)
+        chunks = zip(d_states.split(size), *(t.split(size) for t in per_token), strict=True)
+        for g, (d_part, states, *rest) in zip(grads, chunks, strict=False):
+            logits = head_logits(states, *known).requires_grad_()
             with torch.enable_grad():
-                output = ctx.chunk_fn(logits.requires_grad_(), *rest)[0]
-            (d_logits,) = torch.autograd.grad(output, logits, grad[rows] if grad.ndim else grad)
-            d_logits, done = d_logits.to(ctx.dtype), rows.stop
-            d_states[rows] = d_logits @ cast
-            if ctx.dtype == weight.dtype:
-                d_weight[: len(cast)].addmm_(d_logits.T, states.to(ctx.dtype))
-            else:
-                d_weight[: len(cast)] += d_logits.T @ states.to(ctx.dtype)
+                output = ctx.chunk_fn(logits, *rest)[0]
+            d_logits = torch.autograd.grad(output, logits, g)[0].to(dtype)
+            d_part.copy_(d_logits @ known[0])
+            if dtype == weight.dtype:
+                d_weight[:count].addmm_(d_logits.T, states.to(dtype))
+            else:  # the product in bfloat16, the sum over chunks in float32
+                d_weight[:count] += d_logits.T @ states.to(dtype)
             if d_bias is not None:
-                d_bias[: len(cast)] += d_logits.sum(0)
-        return None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
+                d_bias[:count] += d_logits.sum(0)
+        return None, None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature  # one tensor less of a chunk's size
 
 
 def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -582,10 +592,6 @@ def logprob_and_entropy(logits: Tensor, targets: Tensor, temperature: float, ent
     with torch.no_grad():
         entropies = normalizer - (logits.softmax(-1) * logits).sum(-1) if entropy else torch.zeros_like(logprobs)
     return logprobs, entropies
-
-
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1 else logits / temperature  # one tensor less of a chunk's size
 
 
 def token_logprobs(

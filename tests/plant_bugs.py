@@ -66,8 +66,8 @@ BUGS = {  # name -> file, what stands there once, what is planted
     "prompt in the loss": ("grpo.py", "[0] * len(prompts[i])", "[1] * len(prompts[i])"),
     "token at a chunk's edge counted twice": (
         "common.py",
-        "tuple(torch.cat(p) if",
-        "tuple(torch.cat([torch.cat([q[:-1], 2 * q[-1:]]) for q in p]) if",
+        "outputs = tuple(torch.cat(p) if",
+        "outputs = tuple(torch.cat([torch.cat([q[:-1], 2 * q[-1:]]) for q in p]) if",
     ),
     "log-probs of the engine as the old ones": (
         "grpo.py",
@@ -177,7 +177,11 @@ BUGS |= {  # of distillation
         "(student - teacher)).sum(-1), 0).sum()",
         "(student - teacher)).sum(-1), 1e-3).sum()",
     ),
-    "padded vocabulary rows in the loss": ("common.py", "(states)[:, : self.vocab_size]", "(states)"),
+    "padded vocabulary rows in the loss": (
+        "common.py",
+        "return weight[:vocab_size].to(dtype)",
+        "return weight.to(dtype)",
+    ),
     "padded vocabulary rows in the sampler": ("common.py", "scores[:, : self.vocab_size]", "scores"),
 }
 BUGS |= {
