@@ -48,7 +48,7 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model)
     model = common.load_model(args.model, device, attn)
     engines: dict[str, Any] = {
-        "hf": common.HFEngine(model, tokenizer, 65536, dtype),
+        "hf": common.HFEngine(model, tokenizer, common.MICRO_BATCH_TOKENS, dtype),
         "vllm": common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, trains=True),
     }
     dataset = envs.load_dataset("math", "train", num_samples=args.prompts)

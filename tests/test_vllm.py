@@ -49,7 +49,7 @@ class Pair:
     def __init__(self, source, count=64):
         self.source, self.tokenizer = source, common.load_tokenizer(source)
         self.model = common.load_model(source, CPU, "sdpa")
-        self.hf = HFEngine(self.model, self.tokenizer, 65536)
+        self.hf = HFEngine(self.model, self.tokenizer, common.MICRO_BATCH_TOKENS)
         self.vllm = VLLMEngine(source, self.tokenizer, F32, MEMORY, trains=True)
         self.vllm.sync(self.model)
         chats = [env.prompt for env in envs.load_dataset("math", "eval", num_samples=count - 1)]
