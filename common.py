@@ -59,7 +59,7 @@ SEGMENT = 32  # tokens after which completions that have stopped leave the gener
 MICRO_BATCH_TOKENS = 4096 if torch.cuda.is_available() else 640  # a CPU is as fast with few: they take less memory
 KV_TOKENS = 65536 // MICRO_BATCH_TOKENS  # times as many does generation hold: keys and values take that much less
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-ATEN = torch.library.Library("aten", "IMPL")  # keeps what `use_onednn` registers
+ATEN = torch.library.Library("aten", "IMPL")  # keeps what `tune_cpu` registers
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
@@ -85,13 +85,14 @@ def run(main: Callable[[Any], None], args: Any) -> None:
     except Exception as error:
         disk_full = "No space left on device" in str(error)  # Python's files and safetensors raise different errors
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and of Python
-        out_of_memory = out_of_memory or "can't allocate memory" in str(error)  # of PyTorch on a CPU
+        on_cpu = ("can't allocate memory", "could not create a primitive")  # of PyTorch, and of oneDNN inside it
+        out_of_memory = out_of_memory or any(words in str(error) for words in on_cpu)
         if not (disk_full or out_of_memory or isinstance(error, UserError)):
             raise
         if out_of_memory:
-            reason = (str(error) or "out of memory").splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             knob = f"--micro-batch-tokens, now {args.micro_batch_tokens}"
-            error = UserError(f"{reason}; lower {knob}: the gradient stays the same")
+            error = UserError(f"out of memory: {reason}; lower {knob}: the gradient stays the same")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
         print(f"error: {error}" + disk_full * "; free some, then go on with --resume", file=sys.stderr)
@@ -145,32 +146,32 @@ def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Acceler
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
         raise UserError(f"the launcher started {world_size} processes but {accelerator.num_processes} joined")
+    if accelerator.device.type == "cpu":
+        tune_cpu()
+    return accelerator
+
+
+def onednn_is_faster() -> bool:
+    """On AMD's CPUs with AVX-512: MKL leaves it unused there, so float32 products take oneDNN half the time."""
+    info, has_avx512 = Path("/proc/cpuinfo"), torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and torch.backends.mkldnn.is_available() and "AuthenticAMD" in info.read_text()
+
+
+@functools.cache  # once a process
+def tune_cpu() -> None:
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         # Freed blocks stay with the process: to hand them back and get them zeroed again costs a tenth of a CPU's time.
         libc.mallopt(M_MMAP_THRESHOLD, 2**24)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if accelerator.device.type == "cpu":
-        use_onednn()
-    return accelerator
-
-
-@functools.cache
-def use_onednn() -> bool:
-    """On AMD's CPUs with AVX-512, which MKL leaves unused there: float32 products by oneDNN, in half the time."""
-    info = Path("/proc/cpuinfo")
-    if not (info.exists() and "AuthenticAMD" in info.read_text() and torch.backends.mkldnn.is_available()):
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
         if a.dtype != torch.float32 or len(a) * b.numel() < 2**20:  # below, its overhead is more than it saves
             return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
-    with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
-        ATEN.impl("mm", mm, "CPU", allow_override=True)
-    return True
+    if onednn_is_faster():
+        with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
+            ATEN.impl("mm", mm, "CPU", allow_override=True)
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *args: Any) -> Any:
@@ -221,6 +222,7 @@ def pick_compute(dtype: str, attn: str, device: torch.device) -> tuple[torch.dty
     flash_runs = has_flash and device.type == "cuda" and used != torch.float32
     attn = ("flash_attention_2" if flash_runs else "sdpa") if attn == "auto" else attn
     reason = f"{device.type} with{'' if has_bf16 else 'out'} bf16, flash-attn {'' if has_flash else 'not '}installed"
+    reason += ", products by oneDNN" * (device.type == "cpu" and used == torch.float32 and onednn_is_faster())
     return used, attn, f"compute    {used}, attention {attn} ({reason})"
 
 

@@ -57,6 +57,8 @@ class HeadOnly(nn.Module):
 
 def measure(args: Args) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        common.tune_cpu()
     torch.manual_seed(0)
     count = args.tokens[0]
     model = HeadOnly(torch.randn(1, count + 1, args.hidden, device=device), args.vocabulary)
