@@ -103,7 +103,7 @@ class Args:
     max_grad_norm: float = 1.0
     """clip the gradient's norm to this; inf: never"""
     micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
-    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 640 on a CPU. The gradient is the same"""
+    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 512 on a CPU. The gradient is the same"""
 
     # Evaluation
     eval_steps: int = 50

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import types
 from fractions import Fraction
 
@@ -13,6 +15,7 @@ from capture import in_float64
 from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 import common
 from common import ChunkedLM, HFEngine, UserError, completion_seed, encode_chat, encode_prompt, token_logprobs
@@ -504,6 +507,91 @@ def test_the_largest_and_smallest_uniforms_pick_real_tokens():
         assert sampler(torch.zeros(1, 1, dtype=torch.long), scores).argmax() == token
 
 
+@pytest.mark.parametrize("size", [5, 256, 700])  # a part of a block, one, some
+def test_draws_in_two_levels_are_those_of_one_cumulative_sum(size):
+    torch.manual_seed(0)
+    probabilities = (3 * torch.randn(400, size)).softmax(-1)
+    probabilities[:, torch.rand(size) < 0.3] = 0
+    probabilities[:, 256:512] = 0  # a whole block
+    uniforms = torch.rand(400, 1, dtype=torch.float64)
+    uniforms[:100], uniforms[100:200] = 0, 1 - 2**-53
+    cdf = probabilities.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(cdf, (uniforms * cdf[:, -1:]).minimum(cdf[:, -1:] * (1 - 1e-15)), right=True)
+    drawn = common.draw(probabilities, uniforms)
+    assert (probabilities.gather(1, drawn) > 0).all()
+    assert (drawn == expected).all()
+
+
+def test_a_cache_with_room_holds_what_the_librarys_does():
+    torch.manual_seed(0)
+    states = [torch.randn(2, 3, 2, length, 4) for length in (5, 1, 1, 40, 1)]  # keys and values
+    plain, roomy = DynamicLayer(), common.RoomyLayer(*states[0])
+    plain.update(*states[0])
+    for order, new in zip(([2, 0, 1], [1, 2, 0], [1, 0], [0, 1]), states[1:], strict=True):  # also of all rows
+        for layer in (plain, roomy):
+            layer.reorder_cache(torch.tensor(order))
+        for _ in range(2):
+            expected, found = (layer.update(*new[:, : len(order)]) for layer in (plain, roomy))
+            assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    before = roomy.keys.data_ptr()
+    roomy.update(*states[1][:, :2])
+    assert roomy.keys.data_ptr() == before  # nothing was copied
+    assert roomy.get_seq_length() == 5 + 2 * 43 + 1
+
+
+def test_a_groups_prompt_is_computed_once(tiny, engine, prompts, monkeypatch):
+    sizes, forward = [], tiny.base_model.forward
+
+    def recorded(*args, **inputs):
+        sizes.append(tuple(inputs["input_ids"].shape))
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(tiny.base_model, "forward", recorded)
+    group = [prompts[0]] * 3 + [prompts[1]] * 3 + [prompts[0]]
+    seeds = [completion_seed(1, 2, i) for i in range(len(group))]
+    together = engine.generate(group, seeds, max_new_tokens=4, temperature=1.0)
+    assert sizes[0] == (2, max(map(len, prompts[:2])) - 1)
+    assert {shape for shape in sizes[1:]} == {(len(group), 1)}
+    alone = [engine.generate([p], [s], max_new_tokens=4, temperature=1.0)[0] for p, s in zip(group, seeds, strict=True)]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+
+
+def test_a_prompt_of_one_token_is_no_special_case(tiny, engine):
+    completion = engine.generate([[5]], [1], max_new_tokens=3, temperature=1.0)[0]
+    ids = torch.tensor([[5, *completion.token_ids]])
+    logprobs, _ = token_logprobs(tiny, ids, torch.ones_like(ids), torch.tensor([[0] + [1] * (ids.shape[1] - 1)]))
+    torch.testing.assert_close(logprobs[0, 1:].tolist(), completion.logprobs, rtol=0, atol=1e-5)
+
+
+def test_products_by_onednn_are_products():
+    """In a process of its own, for what is registered stays. Each product that a linear layer's gradient has."""
+    code = """
+import torch, common
+common.onednn_is_faster = lambda: True
+common.tune_cpu()
+torch.manual_seed(0)
+large, small = (3, 200, 192), (2, 3, 4)
+cases = ((torch.float32, large, 1e-4), (torch.float64, large, 1e-12), (torch.float32, small, 1e-4))
+for dtype, shape, tolerance in cases:
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    w = torch.randn(160, shape[-1], dtype=dtype, requires_grad=True)
+    g = torch.randn(*shape[:-1], 160, dtype=dtype)
+    with torch.profiler.profile() as profile:
+        y = torch.nn.functional.linear(x, w)
+        y.backward(g)
+    flat, grad = x.detach().double().flatten(0, 1), g.double().flatten(0, 1)
+    expected = (flat @ w.double().T, grad @ w.double(), grad.T @ flat)
+    for found, expected in zip((y.flatten(0, 1), x.grad.flatten(0, 1), w.grad), expected):
+        assert found.dtype == dtype and (found - expected).abs().max() < tolerance, (dtype, shape)
+    count = sum(e.count for e in profile.key_averages() if e.key == "mkldnn::_linear_pointwise")
+    assert count == 3 * (dtype == torch.float32 and shape == large), count
+print("right")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "right\n", done.stderr
+    assert "Warning" not in done.stderr
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_engine_logprobs_equal_a_full_forward_pass(tiny, engine, prompts, temperature):
     seeds = [completion_seed(1, 2, i) for i in range(3)]
@@ -605,8 +693,11 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path, tok
 def test_choices_come_with_their_reason(monkeypatch):
     float32, bf16 = torch.float32, torch.bfloat16
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
-    words = "compute    torch.float32, attention sdpa (cpu without bf16, flash-attn not installed)"
-    assert common.pick_compute("auto", "auto", CPU) == (float32, "sdpa", words)
+    monkeypatch.setattr(common, "onednn_is_faster", lambda: False)
+    words = "compute    torch.float32, attention sdpa (cpu without bf16, flash-attn not installed"
+    assert common.pick_compute("auto", "auto", CPU) == (float32, "sdpa", words + ")")
+    monkeypatch.setattr(common, "onednn_is_faster", lambda: True)
+    assert common.pick_compute("auto", "auto", CPU) == (float32, "sdpa", words + ", products by oneDNN)")
     assert common.pick_compute("bf16", "eager", CPU)[:2] == (bf16, "eager")
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
