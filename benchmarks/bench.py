@@ -47,6 +47,12 @@ TUNED = {  # settings of TRL that are tried: examples a pass and passes a step, 
 }
 DEFAULT = {"sft": (16, 1, {}), "grpo": (32, 1, {}), "natural": (32, 1, {}), "distill": (16, 1, {})}
 FORCED = 128
+RATIOS = (
+    ("time", "time/step"),
+    ("rollout", "time/rollout"),
+    ("train", "time/train"),
+    ("memory", "perf/peak_memory_gb"),
+)
 KEPT = ("time", "perf", "completion/len", "policy/computed")  # of our metrics
 ENVIRONMENT = """import itertools, json, pathlib, envs
 turn = itertools.count()
@@ -264,17 +270,22 @@ def main(args: Args) -> None:
                 results[rival] = theirs(task, args, folder, f"{task}-{n}-{rival}", settings[rival])
             for who in ("ours", *args.rivals):
                 r = results[who]
-                parts = f"rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"
-                print(
-                    f"{task:9} round {n} {who:8} {r['time/step']:6.1f} s = {parts}, {r['perf/peak_memory_gb']:.1f} GB"
+                length = r.get("completion/length_mean", r.get("length", FORCED))
+                tokens = (
+                    sum(n for n, _ in sizes["sft"]) if task == "sft" else length * (16 if task == "distill" else 32)
                 )
+                r["perf/tokens_per_second"] = tokens / r["time/step"]
+                parts = f"rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"
+                more = f"{r['perf/tokens_per_second']:.0f} tokens/s, {r['perf/peak_memory_gb']:.1f} GB"
+                print(f"{task:9} round {n} {who:8} {r['time/step']:6.1f} s = {parts}, {more}")
             rounds.append(results)
             raw["rounds"].append({"task": task, "round": n, **results})
             (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")
         for rival in args.rivals:
-            for name, key in (("time", "time/step"), ("memory", "perf/peak_memory_gb")):
-                ratios = [r["ours"][key] / r[rival][key] for r in rounds]
-                print(f"{task:9} {name} to {rival} TRL: {spread(ratios)}  (median, min, max)", flush=True)
+            for name, key in RATIOS:
+                ratios = [r["ours"][key] / r[rival][key] for r in rounds if r[rival][key]]
+                if ratios:
+                    print(f"{task:9} {name} to {rival} TRL: {spread(ratios)}  (median, min, max)", flush=True)
         if task != "natural":
             speed = {key: statistics.median([r["machine"][key] for r in rounds]) for key in rounds[0]["machine"]}
             floor, plain = needed(task, args, sizes, speed), speed["flops"] / speed["plain"]

@@ -49,8 +49,8 @@ BUGS = {  # name -> file, what stands there once, what is planted
     "a sliding window one token too long": ("common.py", "shared - window + 1", "shared - window"),
     "temperature missing from the loss": (
         "common.py",
-        "    logits = scaled(logits, temperature)\n    normalizer",
-        "    normalizer",
+        "every = scaled(logits, temperature).log_softmax(-1)",
+        "every = logits.log_softmax(-1)",
     ),
     "population standard deviation": (
         "grpo.py",
@@ -185,6 +185,26 @@ BUGS |= {  # of distillation
     "padded vocabulary rows in the sampler": ("common.py", "scores[:, : self.vocab_size]", "scores"),
 }
 BUGS |= {
+    "a group's prompt handed to other rows": (
+        "common.py",
+        "cache.reorder_cache(rows)",
+        "cache.reorder_cache(rows.flip(0))",
+    ),
+    "a cache's room of before its rows were reordered": (
+        "common.py",
+        "        self.rooms = self.keys, self.values\n",
+        "",
+    ),
+    "a draw not reduced by the blocks before": (
+        "common.py",
+        "rest = target - nn.functional.pad(sums, (1, 0)).gather(1, block)",
+        "rest = target",
+    ),
+    "a head's gradient without its last rows": (
+        "common.py",
+        "d_weight[:count].split(HEAD_ROWS)",
+        "d_weight[: count - 1].split(HEAD_ROWS)",
+    ),
     "correction turned round": (
         "grpo.py",
         "old_logprobs[n] - engine_logprobs[n]",
@@ -226,11 +246,7 @@ HARMLESS = {
         "torch.maximum(-ratio * advantages[:, None], -clipped * advantages[:, None])",
     ),
     "shortest sequences first": ("common.py", "key=lambda i: -lengths[i])", "key=lambda i: (-lengths[i], -i))"),
-    "sum of products for the dot": (
-        "common.py",
-        "(logits.softmax(-1) * logits).sum(-1)",
-        "(logits * logits.softmax(-1)).sum(-1)",
-    ),
+    "sum of products for the dot": ("common.py", "-(every.exp() * every).sum(-1)", "-(every * every.exp()).sum(-1)"),
 }
 
 CHANGES = BUGS | VLLM | HARMLESS
