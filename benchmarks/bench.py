@@ -47,12 +47,7 @@ TUNED = {  # settings of TRL that are tried: examples a pass and passes a step, 
 }
 DEFAULT = {"sft": (16, 1, {}), "grpo": (32, 1, {}), "natural": (32, 1, {}), "distill": (16, 1, {})}
 FORCED = 128
-RATIOS = (
-    ("time", "time/step"),
-    ("rollout", "time/rollout"),
-    ("train", "time/train"),
-    ("memory", "perf/peak_memory_gb"),
-)
+RATIOS = {"step": "time/step", "rollout": "time/rollout", "train": "time/train", "memory": "perf/peak_memory_gb"}
 KEPT = ("time", "perf", "completion/len", "policy/computed")  # of our metrics
 ENVIRONMENT = """import itertools, json, pathlib, envs
 turn = itertools.count()
@@ -271,9 +266,8 @@ def main(args: Args) -> None:
             for who in ("ours", *args.rivals):
                 r = results[who]
                 length = r.get("completion/length_mean", r.get("length", FORCED))
-                tokens = (
-                    sum(n for n, _ in sizes["sft"]) if task == "sft" else length * (16 if task == "distill" else 32)
-                )
+                completions = 16 if task == "distill" else 32
+                tokens = sum(count for count, _ in sizes["sft"]) if task == "sft" else completions * length
                 r["perf/tokens_per_second"] = tokens / r["time/step"]
                 parts = f"rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"
                 more = f"{r['perf/tokens_per_second']:.0f} tokens/s, {r['perf/peak_memory_gb']:.1f} GB"
@@ -282,7 +276,7 @@ def main(args: Args) -> None:
             raw["rounds"].append({"task": task, "round": n, **results})
             (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")
         for rival in args.rivals:
-            for name, key in RATIOS:
+            for name, key in RATIOS.items():
                 ratios = [r["ours"][key] / r[rival][key] for r in rounds if r[rival][key]]
                 if ratios:
                     print(f"{task:9} {name} to {rival} TRL: {spread(ratios)}  (median, min, max)", flush=True)
