@@ -58,8 +58,6 @@ HEAD_ROWS = HEAD_LOGITS // 2048  # whose gradient is computed at a time: that of
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
 MICRO_BATCH_TOKENS = 4096 if torch.cuda.is_available() else 512  # a CPU is as fast with few: they take less memory
 KV_TOKENS = 65536 // MICRO_BATCH_TOKENS  # times as many does generation hold: keys and values take that much less
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-ATEN = torch.library.Library("aten", "IMPL")  # keeps what `tune_cpu` registers
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
@@ -85,14 +83,14 @@ def run(main: Callable[[Any], None], args: Any) -> None:
     except Exception as error:
         disk_full = "No space left on device" in str(error)  # Python's files and safetensors raise different errors
         out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and of Python
-        on_cpu = ("can't allocate memory", "could not create a primitive")  # of PyTorch, and of oneDNN inside it
-        out_of_memory = out_of_memory or any(words in str(error) for words in on_cpu)
+        out_of_memory |= bool(re.search("can't allocate memory|could not create a primitive$", str(error)))  # of a CPU
         if not (disk_full or out_of_memory or isinstance(error, UserError)):
             raise
         if out_of_memory:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             knob = f"--micro-batch-tokens, now {args.micro_batch_tokens}"
-            error = UserError(f"out of memory: {reason}; lower {knob}: the gradient stays the same")
+            words = "out of memory: " * ("memory" not in reason)
+            error = UserError(f"{words}{reason}; lower {knob}: the gradient stays the same")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
         print(f"error: {error}" + disk_full * "; free some, then go on with --resume", file=sys.stderr)
@@ -153,25 +151,28 @@ def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Acceler
 
 def onednn_is_faster() -> bool:
     """On AMD's CPUs with AVX-512: MKL leaves it unused there, so float32 products take oneDNN half the time."""
-    info, has_avx512 = Path("/proc/cpuinfo"), torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return has_avx512 and torch.backends.mkldnn.is_available() and "AuthenticAMD" in info.read_text()
+    can = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    return can and (info := Path("/proc/cpuinfo")).exists() and "AuthenticAMD" in info.read_text()
 
 
-@functools.cache  # once a process
-def tune_cpu() -> None:
+@functools.cache  # once a process; and what it returns has to live on
+def tune_cpu() -> torch.library.Library:
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         # Freed blocks stay with the process: to hand them back and get them zeroed again costs a tenth of a CPU's time.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**24)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-1, 2**31 - 1)
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
-        if a.dtype != torch.float32 or len(a) * b.numel() < 2**20:  # below, its overhead is more than it saves
+        fits = {a.dtype, b.dtype} == {torch.float32} and a.shape[1] == len(b)
+        if not fits or len(a) * b.numel() < 2**20:  # below, its overhead is more than it saves
             return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
+    library = torch.library.Library("aten", "IMPL")
     if onednn_is_faster():
         with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
-            ATEN.impl("mm", mm, "CPU", allow_override=True)
+            library.impl("mm", mm, "CPU")
+    return library
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *args: Any) -> Any:
@@ -598,9 +599,8 @@ class ChunkedHead(torch.autograd.Function):
                 output = ctx.chunk_fn(logits, *rest)[0]
             d_logits = torch.autograd.grad(output, logits, g)[0].to(dtype)
             d_part.copy_(d_logits @ known[0])
-            slices = zip(d_weight[:count].split(HEAD_ROWS), d_logits.split(HEAD_ROWS, dim=1), strict=True)
-            for d_rows, d_logits_of_rows in slices:
-                d_rows += d_logits_of_rows.T @ states.to(dtype)
+            for d_rows, part in zip(d_weight[:count].split(HEAD_ROWS), d_logits.T.split(HEAD_ROWS), strict=True):
+                d_rows += part @ states.to(dtype)
             if d_bias is not None:
                 d_bias[:count] += d_logits.sum(0)
         return None, None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
@@ -833,17 +833,17 @@ def completion_seed(seed: int, step: int, index: int) -> int:
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """(B, V), (B, 1) in [0, 1) -> (B, 1), the first token whose cumulative probability exceeds that share of the sum.
 
-    In float64, for a float32 sum over 150k entries loses the tail; first over blocks, then inside one: a tenth of the
-    time of a sum over all.
+    Summed in float64, for a float32 sum over 150k entries loses the tail; first over blocks, then inside one: a tenth
+    of the time of a sum over all.
     """
     blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[1] % 256)).unflatten(1, (-1, 256))
     sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, blocks)
     target = uniforms * sums[:, -1:]  # (B, 1)
-    # right=True: the first that exceeds the target, so never one of probability 0
-    block = torch.searchsorted(sums, target, right=True).clamp(max=sums.shape[1] - 1)
+    block = torch.searchsorted(sums, target, right=True)  # right: the first that exceeds it, never one of probability 0
     inside = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # (B, 256)
-    rest = target - nn.functional.pad(sums, (1, 0)).gather(1, block)
-    rest = rest.minimum(inside[:, -1:] * (1 - 1e-15))  # the two sums of a block need not agree to the last bit
+    before, after = nn.functional.pad(sums, (1, 0)).gather(1, block), sums.gather(1, block)
+    rest = (target - before) / (after - before) * inside[:, -1:]  # a share of the block, whose two sums differ a little
+    rest = rest.minimum(inside[:, -1:] * (1 - 1e-15))
     return block * 256 + torch.searchsorted(inside, rest, right=True)
 
 
@@ -917,7 +917,8 @@ class HFEngine:
                 return []
             if rows:
                 chosen, own_seeds = [prompts[i] for i in rows], [seeds[i] for i in rows]
-                batch = self.generate_batch(chosen, own_seeds, max_new_tokens, temperature)
+                with torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    batch = self.generate_batch(chosen, own_seeds, max_new_tokens, temperature)
                 completions |= zip(rows, batch, strict=True)
         return [completions[i] for i in range(len(prompts))]
 
@@ -926,8 +927,7 @@ class HFEngine:
         self, prompts: list[list[int]], seeds: list[int], max_new_tokens: int, temperature: float
     ) -> list[Completion]:
         width, device = max(map(len, prompts)), self.model.device
-        rows = [[self.pad_id] * (width - len(p)) + p for p in prompts]
-        ids = torch.tensor(rows, device=device)  # (B, T), padded on the left
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)  # (B, T) padded left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         draws = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
         uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
@@ -936,14 +936,14 @@ class HFEngine:
         going = list(range(len(prompts)))  # rows that have not stopped
         training = self.model.training
         self.model.eval()  # with gradient checkpointing, training mode forbids the cache
-        cache = self.prefill(ids[:, :-1], mask[:, :-1]) if width > 1 else None
+        # A recurrent layer takes a single position for a decoding step, in which nothing is padding.
+        cache = self.prefill(ids[:, :-1], mask[:, :-1]) if width > 2 else None
         for start in range(0, max_new_tokens, SEGMENT):
             segment = uniforms[going, start : start + SEGMENT]
             sampler = InverseCDFSampler(segment if temperature else None, temperature, self.vocab_size)
             config = GenerationConfig(max_new_tokens=segment.shape[1], return_dict_in_generate=True, **options)
             inputs = {"input_ids": ids, "attention_mask": mask, CACHE: cache}
-            with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                output = self.model.generate(**inputs, generation_config=config, logits_processor=[sampler])
+            output = self.model.generate(**inputs, generation_config=config, logits_processor=[sampler])
             new = output.sequences[:, ids.shape[1] :]  # (B, up to SEGMENT)
             logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
             for i, tokens, values in zip(going, new.tolist(), logprobs, strict=True):
@@ -963,16 +963,16 @@ class HFEngine:
         return completions
 
     def prefill(self, ids: Tensor, mask: Tensor) -> Any:
-        """Keys and values of prompts, (B, T) each; equal ones, a group's, are computed once."""
-        distinct, rows = torch.stack([ids, mask]).unique(dim=1, return_inverse=True)  # (2, P, T), (B,)
-        inputs = {"input_ids": distinct[0], "attention_mask": distinct[1], "use_cache": True}
-        inputs["position_ids"] = (distinct[1].cumsum(-1) - 1).clamp(min=0)
-        with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            cache = self.model.base_model(**inputs)[CACHE]
+        """The cache of prompts, (B, T) each, T > 1; equal ones, a group's, are computed once."""
+        (ids, mask), rows = torch.stack([ids, mask]).unique(dim=1, return_inverse=True)  # (P, T) each, and (B,)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)[CACHE]
+        if all(cache.is_linear):
+            raise UserError("all layers are recurrent: transformers would read the prompt twice; take --engine vllm")
         cache.reorder_cache(rows)
-        roomy = [type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers]
-        layers = zip(cache.layers, roomy, strict=True)
-        cache.layers = [RoomyLayer(layer.keys, layer.values) if room else layer for layer, room in layers]
+        for n, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                cache.layers[n] = RoomyLayer(layer.keys, layer.values)
         return cache
 
 
@@ -1059,11 +1059,8 @@ class VLLMEngine:
             self.llm.sleep(level=1)  # the weights wait in the CPU's memory, the GPU is the trainer's
         if failed := {output.finish_reason for output in outputs} - {"stop", "length"}:
             raise RuntimeError(f"vLLM ended completions with {failed}")
-        completions = []
-        for output in outputs:
-            logprobs = [at[token].logprob for token, at in zip(output.token_ids, output.logprobs, strict=True)]
-            completions.append(Completion(list(output.token_ids), logprobs, output.finish_reason))
-        return completions
+        logprobs = [[at[token].logprob for token, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
+        return [Completion(list(o.token_ids), p, o.finish_reason) for o, p in zip(outputs, logprobs, strict=True)]
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------

@@ -282,13 +282,13 @@ def main(args: Args) -> None:
                     print(f"{task:9} {name} to {rival} TRL: {spread(ratios)}  (median, min, max)", flush=True)
         if task != "natural":
             speed = {key: statistics.median([r["machine"][key] for r in rounds]) for key in rounds[0]["machine"]}
-            floor, plain = needed(task, args, sizes, speed), speed["flops"] / speed["plain"]
+            floor, plain = (needed(task, args, sizes, speed | {"flops": speed[rate]}) for rate in ("flops", "plain"))
             rates = f"{speed['flops'] / 1e9:.0f} GFLOP/s (PyTorch's own product {speed['plain'] / 1e9:.0f})"
             print(f"{task:9} machine: {rates}, {speed['bytes'] / 1e9:.0f} GB/s")
             for name, seconds in floor.items():
                 took = statistics.median([r["ours"][f"time/{name.split(',')[0]}"] for r in rounds])
                 if seconds:
-                    share = f"{seconds / took:.0%} of ours, at PyTorch's own product {plain * seconds / took:.0%}"
+                    share = f"{seconds / took:.0%} of ours, at PyTorch's own product {plain[name] / took:.0%}"
                     print(f"{task:9} floor of {name}: {seconds:.1f} s, {share}", flush=True)
             raw[f"floor of {task}"] = floor | speed
     (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -36,6 +36,8 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.device.type == "cpu":
+        common.tune_cpu()
     dtype, attn, compute_line = common.pick_compute(args.dtype, "auto", accelerator.device)
     tokenizer = common.load_tokenizer(args.model)
     model = common.load_model(args.model, accelerator.device, attn)

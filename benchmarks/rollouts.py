@@ -44,6 +44,8 @@ class Args:
 
 def main(args: Args) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        common.tune_cpu()
     dtype, attn, compute_line = common.pick_compute("auto", "auto", device)
     tokenizer = common.load_tokenizer(args.model)
     model = common.load_model(args.model, device, attn)

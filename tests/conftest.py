@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import common
 
+common.tune_cpu()  # as each script does: else a test's numbers depend on whether one ran before it
 FAST = ["--eval-steps", "0", "--batch-size", "2", "--num-steps", "2", "--max-new-tokens", "24"]
 
 

@@ -195,15 +195,11 @@ BUGS |= {
         "        self.rooms = self.keys, self.values\n",
         "",
     ),
-    "a draw not reduced by the blocks before": (
+    "a draw not reduced by the blocks before": ("common.py", "(target - before) / (after - before)", "target / after"),
+    "a head's gradient of its first rows alone": (
         "common.py",
-        "rest = target - nn.functional.pad(sums, (1, 0)).gather(1, block)",
-        "rest = target",
-    ),
-    "a head's gradient without its last rows": (
-        "common.py",
-        "d_weight[:count].split(HEAD_ROWS)",
-        "d_weight[: count - 1].split(HEAD_ROWS)",
+        "d_logits.T.split(HEAD_ROWS), strict=True",
+        "d_logits.T.split(HEAD_ROWS)[:1], strict=False",
     ),
     "correction turned round": (
         "grpo.py",

@@ -232,6 +232,7 @@ def naive_logprobs(model, ids, mask, temperature):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_chunked_logprobs_equal_naive_ones_in_value_and_gradient(tiny, batch, monkeypatch, side, chunk, checkpointing):
     monkeypatch.setattr(common, "HEAD_LOGITS", chunk * tiny.config.vocab_size)
+    monkeypatch.setattr(common, "HEAD_ROWS", 40)  # of 299
     model = common.load_model("tiny", CPU, "sdpa").double()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -309,21 +310,44 @@ ARCHITECTURES = {  # small and random; packs: whether its layers keep neighbours
 }
 
 
+def small_model(folder, config_class, attn="sdpa", **options):
+    torch.manual_seed(0)
+    config = config_class(vocab_size=32, bos_token_id=0, eos_token_id=1, pad_token_id=2, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return common.load_model(str(folder), CPU, attn)
+
+
+def endless_engine(model, tokenizer):
+    engine = HFEngine(model, tokenizer, 512)
+    engine.stop_ids, engine.pad_id, engine.vocab_size = [], 2, 32
+    return engine
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_packed_log_probs_are_those_of_each_sequence_alone_whatever_the_architecture(tmp_path, name):
+def test_training_and_generation_agree_with_each_sequence_alone_whatever_the_architecture(tmp_path, tokenizer, name):
     config_class, options, packs = ARCHITECTURES[name]
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {} if name == "gpt2" else sizes | {"intermediate_size": 64}
-    torch.manual_seed(0)
-    config = config_class(vocab_size=32, bos_token_id=0, eos_token_id=1, pad_token_id=2, **sizes, **options)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = common.load_model(str(tmp_path), CPU, "sdpa")
+    model = small_model(tmp_path, config_class, **sizes, **options)
     assert packs is None or model.batches == ("packed" if packs else "padded")
+    prompts = [[5, 6, 7, 8], [9], [5, 6, 7, 8], [9], [3, 4, 5, 6, 7, 8, 9]]  # groups, and one token padded
+    completions = endless_engine(model, tokenizer).generate(prompts, [*range(5)], max_new_tokens=40, temperature=1.0)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        mask = [0] * len(prompt) + [1] * 40
+        expected, _ = naive_logprobs(model, prompt + completion.token_ids, mask, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected[len(prompt) :], rtol=1e-4, atol=1e-4)
     logprobs, _ = token_logprobs(model, *packed_batch())
     assert logprobs.any()
     for row, (ids, mask) in enumerate(PACKED):
         expected, _ = naive_logprobs(model, ids, mask, 1.0)
         torch.testing.assert_close(logprobs[row, : len(ids)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_of_recurrent_layers_alone_is_refused(tmp_path, tokenizer):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    engine = endless_engine(small_model(tmp_path, transformers.MambaConfig, "eager", **sizes), tokenizer)
+    with pytest.raises(UserError, match="recurrent"):
+        engine.generate([[5, 6, 7, 8]], [1], max_new_tokens=4, temperature=1.0)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -563,6 +587,7 @@ def test_a_prompt_of_one_token_is_no_special_case(tiny, engine):
     torch.testing.assert_close(logprobs[0, 1:].tolist(), completion.logprobs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
 def test_products_by_onednn_are_products():
     """In a process of its own, for what is registered stays. Each product that a linear layer's gradient has."""
     code = """
