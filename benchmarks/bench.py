@@ -10,7 +10,8 @@ The work, in float32 on a CPU and under bf16 autocast on a GPU, TRL's gradient c
     grpo      4 prompts x 8 completions of exactly 128 tokens, rewards 0 and 1 in turn: no group is without a gradient
     natural   likewise, but completions end where the model ends them (at most 256), and the rewards are real
     distill   16 completions of exactly 128 tokens, --teacher the teacher
-    startup   until --help has ended, and until the first step of `tiny` begins
+    startup   until --help has ended, until the first step of `tiny` begins (TRL: of trl_step.py) and until its rollout
+              ends (TRL: of its command line, `trl grpo`)
 
 Every measurement is a process of its own, which takes --steps steps: the last one counts (of `natural`, whose steps
 differ, the mean), and the peak of the whole process. Ours runs with default flags. TRL runs with its defaults
@@ -57,6 +58,10 @@ class Alternating(envs.EnvBase):
 def dataset():
     return [Alternating(json.loads(line)["prompt"]) for line in pathlib.Path(PATH).read_text().splitlines()]
 """
+FIRST_REWARD = """def reward(completions, **_):
+    print("rewarding", flush=True)
+    return [float(i % 2) for i in range(len(completions))]
+"""
 
 
 @dataclass
@@ -97,10 +102,10 @@ def write_data(model: str, folder: Path) -> dict[str, list]:
     return {"sft": sizes, "prompts": [len(common.encode_prompt(tokenizer, row["prompt"])) for row in prompts]}
 
 
-def run(command: list[str], log: Path) -> list[tuple[float, str]]:
+def run(command: list[str], log: Path, **variables: str) -> list[tuple[float, str]]:
     """The lines a process printed, each with the seconds since its launch. Raises when it fails."""
     started, lines = time.time(), []
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | variables
     with subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=environment) as process:
         for line in process.stdout or []:
             lines.append((time.time() - started, line))
@@ -227,7 +232,17 @@ def startup(args: Args, folder: Path, n: int) -> dict[str, float]:
     launched = time.time()
     printed = run([args.trl_python, str(HERE / "trl_step.py"), json.dumps(config)], folder / f"{name}-trl.log")
     begun = next(json.loads(line) for _, line in printed if line.startswith('{"step"'))["begun_at"]
-    return result | {"trl: first step begins": begun - launched}
+    result |= {"trl: first step begins": begun - launched, "ours: first rollout ends": at - metrics["time/train"]}
+    (folder / "prompts").mkdir(exist_ok=True)
+    (folder / "prompts" / "train.jsonl").write_text((folder / "grpo.jsonl").read_text())
+    (folder / "first_reward.py").write_text(FIRST_REWARD)
+    flags = ["--model_name_or_path", common.BUNDLED["tiny"], "--dataset_name", str(folder / "prompts")]
+    flags += ["--reward_funcs", "first_reward.reward", "--per_device_train_batch_size", "32", "--max_steps", "1"]
+    flags += ["--max_completion_length", "32", "--save_strategy", "no", "--output_dir", str(folder / f"{name}-cli")]
+    flags += ["--report_to", "none"] + ["--use_cpu"] * (not torch.cuda.is_available())
+    trl = str(Path(args.trl_python).parent / "trl")
+    lines = run([trl, "grpo", *flags], folder / f"{name}-cli.log", PYTHONPATH=str(folder))
+    return result | {"trl grpo: first rollout ends": next(t for t, line in lines if "rewarding" in line)}
 
 
 def main(args: Args) -> None:
