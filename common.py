@@ -170,6 +170,7 @@ def tune_cpu() -> torch.library.Library:
 
     library = torch.library.Library("aten", "IMPL")
     if onednn_is_faster():
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # not 1024: one for each number of tokens stays
         with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
             library.impl("mm", mm, "CPU")
     return library
