@@ -870,6 +870,10 @@ class InverseCDFSampler(transformers.LogitsProcessor):
 class RoomyLayer(DynamicLayer):
     """Keys and values with room for more behind them: the library's layer copies all of them for each new token."""
 
+    keys: Any
+    values: Any
+    rooms: Any
+
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
         self.lazy_initialization(keys, values)
@@ -885,7 +889,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :after] for room in self.rooms)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.rooms = self.keys, self.values
 

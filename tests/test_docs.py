@@ -17,7 +17,7 @@ import sft
 
 SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
-CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1375}
+CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1380}
 CEILINGS |= {"envs.py": 350}
 DOCS = [ROOT / "README.md", *sorted((ROOT / "training_guide").glob("*.md")), ROOT / "models" / "README.md"]
 SOURCES = [ROOT / name for name in CEILINGS]
