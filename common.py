@@ -155,12 +155,15 @@ def onednn_is_faster() -> bool:
     return can and (info := Path("/proc/cpuinfo")).exists() and "AuthenticAMD" in info.read_text()
 
 
-@functools.cache  # once a process; and what it returns has to live on
-def tune_cpu() -> torch.library.Library:
+@functools.cache  # once a process; what it returns keeps the product registered
+def tune_cpu() -> Any:
+    """Freed memory stays with the process, and float32 products go to oneDNN where that is faster."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
-        # Freed blocks stay with the process: to hand them back and get them zeroed again costs a tenth of a CPU's time.
+        # To hand freed blocks back and get them zeroed again costs a tenth of a CPU's time.
         libc.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(-1, 2**31 - 1)
+    if not onednn_is_faster():
+        return None
 
     def mm(a: Tensor, b: Tensor) -> Tensor:
         fits = {a.dtype, b.dtype} == {torch.float32} and a.shape[1] == len(b)
@@ -168,12 +171,10 @@ def tune_cpu() -> torch.library.Library:
             return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
-    library = torch.library.Library("aten", "IMPL")
-    if onednn_is_faster():
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # not 1024: one for each number of tokens stays
-        with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
-            library.impl("mm", mm, "CPU")
-    return library
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # not 1024: one for each number of tokens stays
+    with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
+        (registered := torch.library.Library("aten", "IMPL")).impl("mm", mm, "CPU")
+    return registered
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *args: Any) -> Any:
@@ -595,13 +596,14 @@ class ChunkedHead(torch.autograd.Function):
         grads = grad.split(size) if grad.ndim else itertools.repeat(grad)
         chunks = zip(d_states.split(size), *(t.split(size) for t in per_token), strict=True)
         for g, (d_part, states, *rest) in zip(grads, chunks, strict=False):
+            states = states.to(dtype)
             logits = head_logits(states, *known).requires_grad_()
             with torch.enable_grad():
                 output = ctx.chunk_fn(logits, *rest)[0]
             d_logits = torch.autograd.grad(output, logits, g)[0].to(dtype)
             d_part.copy_(d_logits @ known[0])
             for d_rows, part in zip(d_weight[:count].split(HEAD_ROWS), d_logits.T.split(HEAD_ROWS), strict=True):
-                d_rows += part @ states.to(dtype)
+                d_rows += part @ states
             if d_bias is not None:
                 d_bias[:count] += d_logits.sum(0)
         return None, None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
@@ -844,7 +846,7 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     inside = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1, dtype=torch.float64)  # (B, 256)
     before, after = nn.functional.pad(sums, (1, 0)).gather(1, block), sums.gather(1, block)
     rest = (target - before) / (after - before) * inside[:, -1:]  # a share of the block, whose two sums differ a little
-    rest = rest.minimum(inside[:, -1:] * (1 - 1e-15))
+    rest = rest.minimum(inside[:, -1:] * (1 - 1e-15))  # rounded up to all of it, it would lie behind the last token
     return block * 256 + torch.searchsorted(inside, rest, right=True)
 
 
