@@ -1,10 +1,11 @@
-"""What every script needs and is the same in all of them, in the order in which a script uses it.
+"""What every script needs and is the same in all of them, by topic.
 
 Shapes: B sequences, T tokens, N trained tokens of a pass, H hidden size, V vocabulary.
 """
 
 import atexit
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -16,6 +17,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,8 +38,10 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -53,11 +58,11 @@ from envs import EnvBase, Message, UserError
 disable_progress_bar()  # a bar for each saved file tells nothing
 HERE = Path(__file__).resolve().parent
 BUNDLED = {name: str(HERE / "models" / name) for name in ("tiny", "tiny-teacher")}  # models that come with the project
-HEAD_LOGITS = 2**25 if torch.cuda.is_available() else 2**23  # that exist at a time, 32 MB: 55 of Qwen2.5's positions
-HEAD_ROWS = HEAD_LOGITS // 2048  # whose gradient is computed at a time: that of all is large, and slower on a CPU
+HEAD_LOGITS = 2**25 if torch.cuda.is_available() else 2**23  # in memory at a time: 128 MB on a GPU, 32 on a CPU
+HEAD_ROWS = HEAD_LOGITS // 2048  # whose gradient is computed at a time: all at once is as large as the head, and slower
 SEGMENT = 32  # tokens after which completions that have stopped leave the generation batch
 MICRO_BATCH_TOKENS = 4096 if torch.cuda.is_available() else 512  # a CPU is as fast with few: they take less memory
-KV_TOKENS = 65536 // MICRO_BATCH_TOKENS  # times as many does generation hold: keys and values take that much less
+KV_FACTOR = 65536 // MICRO_BATCH_TOKENS  # times as many tokens does generation hold: only their keys and values
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 # ---- Exit codes and signals ------------------------------------------------------------------------------------------
@@ -88,7 +93,7 @@ def run(main: Callable[[Any], None], args: Any) -> None:
             raise
         if out_of_memory:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            knob = f"--micro-batch-tokens, now {args.micro_batch_tokens}"
+            knob = f"--micro-batch-tokens, now {getattr(args, 'micro_batch_tokens', None)}"
             words = "out of memory: " * ("memory" not in reason)
             error = UserError(f"{words}{reason}; lower {knob}: the gradient stays the same")
         if os.environ.get("RANK", "0") != "0":
@@ -135,6 +140,8 @@ def check_args(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> No
             accepted = False
         if not accepted:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {words}")
+    if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
+        raise UserError(f"--vllm-args is {args.vllm_args}: add --engine vllm, which takes them")
 
 
 def start(args: Any, **exceptions: tuple[Callable[[Any], bool], str]) -> Accelerator:
@@ -159,7 +166,7 @@ def onednn_is_faster() -> bool:
 def tune_cpu() -> Any:
     """Freed memory stays with the process, and float32 products go to oneDNN where that is faster."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
-        # To hand freed blocks back and get them zeroed again costs a tenth of a CPU's time.
+        # Handing freed blocks back and having them zeroed again costs a tenth of the time.
         libc.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(-1, 2**31 - 1)
     if not onednn_is_faster():
@@ -171,7 +178,7 @@ def tune_cpu() -> Any:
             return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
 
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # not 1024: one for each number of tokens stays
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # not 1024: there is one entry for each batch shape
     with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
         (registered := torch.library.Library("aten", "IMPL")).impl("mm", mm, "CPU")
     return registered
@@ -231,7 +238,7 @@ def pick_compute(dtype: str, attn: str, device: torch.device) -> tuple[torch.dty
 
 @contextmanager
 def loading(what: str) -> Generator[None]:
-    """Turns the library's errors about a missing or broken folder into one line."""
+    """Turns the library's errors about what is missing or broken into one line."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError, jinja2.TemplateError) as error:
@@ -239,14 +246,14 @@ def loading(what: str) -> Generator[None]:
         raise UserError(f"cannot load {what}: {reason}") from error
 
 
-def load_tokenizer(model: str, chat_template: str | None = None) -> Any:
+def load_tokenizer(model: str, chat_template: str | None = None, needs_template: bool = True) -> Any:
     """`chat_template`: a file in place of its own. Raises a UserError without a template or character offsets."""
     with loading(f"the tokenizer of {model}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(BUNDLED.get(model, model))
     if chat_template is not None:
         with loading(f"--chat-template {chat_template}"):
             tokenizer.chat_template = Path(chat_template).read_text()
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and needs_template:
         raise UserError(f"{model} has no chat template: pass --chat-template FILE.jinja, or use an instruct model")
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {model} gives no character offsets: a fast tokenizer is needed")
@@ -257,9 +264,9 @@ def load_config(model: str) -> Any:
     """The configuration, with every dropout 0."""
     with loading(f"the model {model}"):
         config = AutoConfig.from_pretrained(BUNDLED.get(model, model))
-    for name in vars(config):
-        if name.endswith(("dropout", "pdrop")):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name in [name for name, value in vars(part).items() if "drop" in name and type(value) is float]:
+            setattr(part, name, 0.0)
     return config
 
 
@@ -272,7 +279,7 @@ def load_generation_config(model: str, config: Any) -> GenerationConfig:
 
 
 def context_length(config: Any) -> int:
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_model(
@@ -304,7 +311,7 @@ def load_model(
 
 
 def can_pack(model: Any) -> bool:
-    """Whether packed sequences get the states that padded ones do: not where layers mix neighbours, as recurrent do."""
+    """Whether packed sequences get the states that padded ones do: not where layers mix neighbours (recurrent)."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     if model.config._attn_implementation != "sdpa" or kinds - {"full_attention", "sliding_attention"}:
         return False
@@ -325,9 +332,9 @@ def vocab_size(tokenizer: Any) -> int:
 
 
 # ---- Chat templates and masks: which tokens the assistant wrote ------------------------------------------------------
-@functools.lru_cache(maxsize=4)  # `_size` serves its key alone: a tokenizer to which tokens are added is read again
+@functools.lru_cache(maxsize=4)  # `_size` is only part of the key: a tokenizer that got new tokens is read again
 def added_tokens(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern]:
-    """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; and one of them, after white space."""
+    """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; a pattern of white space and one."""
     names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     pattern = "|".join(map(re.escape, sorted(names.values(), key=len, reverse=True)))
     return frozenset(names), re.compile(rf"\s*(?:{pattern or '(?!)'})")
@@ -341,7 +348,7 @@ def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any
 def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to write."""
     text = render(tokenizer, envs.with_text_content(messages), template_args, prompt=True)
-    # The template has written the BOS token already.
+    # A BOS token is the template's to write.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -401,7 +408,7 @@ def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -
     text, spans, _ = find_turns(tokenizer, envs.with_text_content(messages), template_args)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, special = encoded["input_ids"], added_tokens(tokenizer, len(tokenizer))[0]
-    ends = [  # of the tokens; special ones may take along the white space behind them
+    ends = [  # of each token; a special one's span may include the white space after it
         start + len(text[start:end].rstrip()) if token in special else end
         for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
@@ -431,7 +438,7 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     text, ((start, _),), end_of_turn = find_turns(tokenizer, PROBE, template_args)
     prompt = render(tokenizer, PROBE[:1], template_args, prompt=True)
     # A special token beyond the rows that the template does not write does no harm: Gemma 3 has one, for images.
-    beyond = [t for t, i in tokenizer.get_vocab().items() if i >= rows] if known > rows else []
+    beyond = [t for t, i in tokenizer.get_vocab().items() if i >= rows]
     if any(t not in tokenizer.all_special_tokens or t in tokenizer.chat_template for t in beyond):
         raise UserError(f"{model}: the tokenizer has {known:,} tokens, the model {rows:,} rows: take the model's own")
     if not stop_ids or stop_ids[-1] >= min(known, rows):
@@ -441,7 +448,7 @@ def check_tokenizer(tokenizer: Any, model: str, template_args: dict[str, Any]) -
     begin = f"BOS {bos}" if bos and prompt.startswith(bos) else "no BOS"
     stops, size = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids)), f"{known:,} tokens in {rows:,} rows"
     line = f"tokens     {begin}, stop {stops}, pad {tokenizer.pad_token}, {size}, context {context_length(config):,}"
-    if begin == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+    if bos and not prompt.startswith(bos) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         line += f"\nwarning    the chat template writes no {bos}, with which the tokenizer begins any other text"
     if not end_of_turn:
         line += "\nwarning    the chat template ends no turn with a special token: turns train without a stop token"
@@ -454,12 +461,17 @@ def encode_prompts(tokenizer: Any, dataset: Any, rows: Sequence[int], longest: i
     """Row -> token ids of its prompt. Raises a UserError when one has more than `longest` tokens."""
     prompts = {i: encode_prompt(tokenizer, dataset[i].prompt, **template_args) for i in rows}
     if long := [i for i, ids in prompts.items() if len(ids) > longest]:
-        raise UserError(f"the prompt of row {long[0]} has {len(prompts[long[0]])} tokens, there is room for {longest}")
+        words = f"the prompt of row {long[0]} has {len(prompts[long[0]])} tokens"
+        raise UserError(f"{words}, and the context less --max-new-tokens leaves {longest}")
     return prompts
 
 
+def rows_without_reward(dataset: Any) -> list[int]:
+    return [i for i in range(len(dataset)) if type(dataset[i]).get_reward is EnvBase.get_reward]
+
+
 def require_rewards(dataset: Any) -> None:
-    if bare := [i for i in range(len(dataset)) if type(dataset[i]).get_reward is EnvBase.get_reward]:
+    if bare := rows_without_reward(dataset):
         raise UserError(f"row {bare[0]} has no reward: give the row an answer, or its environment a get_reward")
 
 
@@ -548,12 +560,12 @@ class ChunkedLM(nn.Module):
         """What `chunk_fn` returns of the trained tokens, N in all; see `ChunkedHead`. The first three are (B, T)."""
         targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         states, head = self.states(input_ids, attention_mask, loss_mask), self.model.get_output_embeddings()
-        options = (chunk_fn, self.vocab_size, self.dtype)
-        return ChunkedHead.apply(*options, head.weight, head.bias, states, targets, *per_token)
+        known = (self.vocab_size, self.dtype)
+        return ChunkedHead.apply(chunk_fn, known, head.weight, head.bias, states, targets, *per_token)
 
 
 def known_rows(weight: Tensor, bias: Tensor | None, vocab_size: int | None, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """A head without the rows that no token has, (V, H) and (V,) or None; float32: in the dtype that it is in."""
+    """A head without the rows that no token has, (V, H) and (V,) or None, cast to `dtype`; float32: left as it is."""
     dtype = weight.dtype if dtype == torch.float32 else dtype
     return weight[:vocab_size].to(dtype), None if bias is None else bias[:vocab_size].to(dtype)
 
@@ -573,14 +585,12 @@ class ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, chunk_fn: Any, vocab_size: Any, dtype: Any, weight: Any, bias: Any, *per_token: Tensor
-    ) -> Any:
+    def forward(ctx: Any, chunk_fn: Any, known: Any, weight: Any, bias: Any, *per_token: Tensor) -> Any:
         ctx.save_for_backward(weight, bias, *per_token)
-        known = known_rows(weight, bias, vocab_size, dtype)
-        ctx.chunk_fn, ctx.known, ctx.size = chunk_fn, (vocab_size, dtype), max(HEAD_LOGITS // len(known[0]), 1)
+        head = known_rows(weight, bias, *known)
+        ctx.chunk_fn, ctx.known, ctx.size = chunk_fn, known, max(HEAD_LOGITS // len(head[0]), 1)
         chunks = zip(*(t.split(ctx.size) for t in per_token), strict=True)
-        results = [chunk_fn(head_logits(states, *known), *rest) for states, *rest in chunks]
+        results = [chunk_fn(head_logits(states, *head), *rest) for states, *rest in chunks]
         outputs = tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*results, strict=True))
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -589,24 +599,24 @@ class ChunkedHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         weight, bias, *per_token = ctx.saved_tensors
-        known = known_rows(weight, bias, *ctx.known)  # again: in bfloat16 a copy, which would live until here
-        size, count, dtype = ctx.size, len(known[0]), known[0].dtype
+        head = known_rows(weight, bias, *ctx.known)  # again: kept since forward, a bfloat16 copy would take memory
+        size, count, dtype = ctx.size, len(head[0]), head[0].dtype
         d_weight, d_states = torch.zeros_like(weight), torch.empty_like(per_token[0])
         d_bias = None if bias is None else torch.zeros_like(bias)
         grads = grad.split(size) if grad.ndim else itertools.repeat(grad)
         chunks = zip(d_states.split(size), *(t.split(size) for t in per_token), strict=True)
         for g, (d_part, states, *rest) in zip(grads, chunks, strict=False):
             states = states.to(dtype)
-            logits = head_logits(states, *known).requires_grad_()
+            logits = head_logits(states, *head).requires_grad_()
             with torch.enable_grad():
                 output = ctx.chunk_fn(logits, *rest)[0]
             d_logits = torch.autograd.grad(output, logits, g)[0].to(dtype)
-            d_part.copy_(d_logits @ known[0])
+            d_part.copy_(d_logits @ head[0])
             for d_rows, part in zip(d_weight[:count].split(HEAD_ROWS), d_logits.T.split(HEAD_ROWS), strict=True):
                 d_rows += part @ states
             if d_bias is not None:
                 d_bias[:count] += d_logits.sum(0)
-        return None, None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
+        return None, None, d_weight, d_bias, d_states, *(None for _ in per_token[1:])
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -634,7 +644,7 @@ def token_logprobs(
 
     `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. All tensors are (B, T),
     padded on either side; column t speaks of token t, 0 where the loss mask is. `temperature` divides the logits;
-    without `entropy` that one is 0, and saves two passes over them.
+    without `entropy` it is 0, which saves two passes over the logits.
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
     chunk_fn = functools.partial(logprob_and_entropy, temperature=temperature, entropy=entropy)
@@ -685,8 +695,7 @@ def group_by_prefix(sequences: Sequence[list[int]], max_tokens: int) -> list[lis
     used, before = 0, []
     for index in sorted(range(len(sequences)), key=lambda i: sequences[i]):
         ids = sequences[index]
-        differ = (t for t, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b)
-        new = len(ids) - next(differ, min(len(before), len(ids)))
+        new = len(ids) - sum(itertools.takewhile(bool, map(int.__eq__, before, ids)))
         if groups and used + new <= max_tokens:
             groups[-1].append(index)
         else:
@@ -750,14 +759,13 @@ def check_engine(
     accelerator: Accelerator, model: nn.Module, args: Any, prompts: list[list[int]], completions: list[Any]
 ) -> dict[str, float]:
     """`engine_gap` of a rollout. Raises a UserError, on every process, when it is above `--max-logprob-gap`."""
-    pairs = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, completions, strict=True)]
-    sequences = [(prompt + tokens, [0] * len(prompt) + [1] * len(tokens)) for prompt, tokens in pairs]
+    drawn = [completion.token_ids for completion in completions]
+    sequences = [(p + ids, [0] * len(p) + [1] * len(ids)) for p, ids in zip(prompts, drawn, strict=True)]
     log_ratios = []
     for batch in micro_batches(accelerator, model, sequences, args.micro_batch_tokens):
         logprobs, _ = token_logprobs(model, *batch.inputs, args.temperature, entropy=False)  # (B, T)
         log_ratios.append(logprobs - batch.take_tokens([c.logprobs for c in completions]))
-    tokens = global_sum(accelerator, sum(len(tokens) for _, tokens in pairs))
-    metrics = engine_gap(accelerator, log_ratios, tokens)
+    metrics = engine_gap(accelerator, log_ratios, global_sum(accelerator, sum(map(len, drawn))))
     if not (gap := metrics["policy/logprob_gap"]) <= args.max_logprob_gap:  # NaN is no agreement
         words = f"trainer and engine differ by {gap:.3g} nats a token, --max-logprob-gap is {args.max_logprob_gap}"
         raise UserError(f"{words}: the weights did not arrive, or they sample from different distributions")
@@ -783,7 +791,7 @@ def scheduled_lr(step: int, learning_rate: float, warmup_steps: int, num_steps: 
 
 
 def sync_gradients(accelerator: Accelerator, model: nn.Module, last: bool) -> Any:
-    """Context of a forward and backward pass (both: the forward decides): only a step's last synchronises processes."""
+    """Context of a forward and backward pass (DDP decides in forward): only a step's last synchronises processes."""
     return nullcontext() if last else accelerator.no_sync(model)
 
 
@@ -899,10 +907,17 @@ class RoomyLayer(DynamicLayer):
 class HFEngine:
     """Generation by `transformers` with the trainer's weights and dtype; at most `max_tokens` tokens at a time."""
 
-    def __init__(self, model: Any, tokenizer: Any, micro_batch_tokens: int, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        micro_batch_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        template_args: dict[str, Any] | None = None,
+    ):
         self.model, self.dtype, self.name = model, dtype, "transformers"
-        self.max_tokens = KV_TOKENS * micro_batch_tokens
-        self.stop_ids = stop_token_ids(model.source_generation_config, tokenizer)
+        self.max_tokens = KV_FACTOR * micro_batch_tokens
+        self.stop_ids = stop_token_ids(model.source_generation_config, tokenizer, **template_args or {})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
         self.context_length, self.vocab_size = context_length(model.config), vocab_size(tokenizer)
 
@@ -943,7 +958,7 @@ class HFEngine:
         going = list(range(len(prompts)))  # rows that have not stopped
         training = self.model.training
         self.model.eval()  # with gradient checkpointing, training mode forbids the cache
-        # A recurrent layer takes a single position for a decoding step, in which nothing is padding.
+        # From two positions on: a recurrent layer takes one for a decoding step, and ignores its padding.
         cache = self.prefill(ids[:, :-1], mask[:, :-1]) if width > 2 else None
         for start in range(0, max_new_tokens, SEGMENT):
             segment = uniforms[going, start : start + SEGMENT]
@@ -984,7 +999,7 @@ class HFEngine:
 
 
 def repack_head(engine_model: Any) -> None:
-    """On some CPUs vLLM multiplies by a packed copy of the head; that of a tied head stays the old one in a reload."""
+    """On some CPUs vLLM multiplies by a packed copy of the head; reloading a tied head leaves that copy stale."""
     pack = importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm
     pack(engine_model.lm_head, remove_weight=False)
 
@@ -1000,7 +1015,15 @@ class VLLMEngine:
     Raises a UserError when vLLM refuses the model or the arguments.
     """
 
-    def __init__(self, source: str, tokenizer: Any, dtype: torch.dtype, vllm_args: str, trains: bool = False):
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Any,
+        dtype: torch.dtype,
+        vllm_args: str,
+        template_args: dict[str, Any] | None = None,
+        trains: bool = False,
+    ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` hands over tensors
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         self.vllm: Any = importlib.import_module("vllm")
@@ -1029,7 +1052,7 @@ class VLLMEngine:
             reason = shorten(" ".join(str(error).split()), 400)
             raise UserError(f"vLLM does not take {source} with --vllm-args {vllm_args}: {reason}") from error
         self.name, self.context_length = f"vLLM {self.vllm.__version__}", self.llm.model_config.max_model_len
-        self.stop_ids = stop_token_ids(load_generation_config(source, config), tokenizer)
+        self.stop_ids = stop_token_ids(load_generation_config(source, config), tokenizer, **template_args or {})
         padding = range(vocab_size(tokenizer), config.get_text_config().vocab_size)  # rows of the head without a token
         self.never, self.sleeps = dict.fromkeys(padding, -math.inf), asked.get("enable_sleep_mode", False)
 
@@ -1058,7 +1081,7 @@ class VLLMEngine:
         self.wake_up()
         options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
         options |= {"stop_token_ids": self.stop_ids, "ignore_eos": True, "logit_bias": self.never or None}
-        options["logprobs"] = 0  # beside those of the token that was drawn
+        options["logprobs"] = 0  # no alternatives: the drawn token's own
         sampling = [self.vllm.SamplingParams(seed=seed, **options) for seed in seeds]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = [request.outputs[0] for request in self.llm.generate(requests, sampling, use_tqdm=False)]
@@ -1115,8 +1138,9 @@ class Evaluator:
         self.progress.remove_task(bar)
         records = sorted(gather_object(records), key=lambda r: (r["problem"], r["sample"]))
         rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
-        metrics = {"eval/reward_mean": rewards.mean().item(), "eval/reward_std": rewards.std(correction=0).item()}
-        return metrics | {"eval/accuracy": (rewards >= 1.0).double().mean().item()}, records
+        metrics = {"eval/accuracy": (rewards >= 1.0).double().mean().item()}
+        metrics |= {"eval/reward_mean": rewards.mean().item(), "eval/reward_std": rewards.std(correction=0).item()}
+        return metrics, records
 
 
 def score(env: EnvBase, text: str) -> float:
@@ -1126,21 +1150,32 @@ def score(env: EnvBase, text: str) -> float:
         reward = env.get_reward(text)
     except Exception as error:
         raise RuntimeError(f"{type(env).__name__}.get_reward raised {type(error).__name__}: {error} {where}") from error
-    if reward is None or isinstance(reward, (str, list)) or not math.isfinite(reward):
+    if not (hasattr(reward, "__float__") and math.isfinite(reward)):
         raise ValueError(f"{type(env).__name__}.get_reward gave {reward!r} {where}: it must be a finite number")
     return float(reward)
 
 
 # ---- The run folder and its log --------------------------------------------------------------------------------------
-STEP_LINE = {  # metric -> how it reads in the line of a step
-    **{"loss/total": "loss {:.4f}", "loss/reverse_kl": "reverse kl {:.4f}", "reward/mean": "reward {:.3f}"},
-    **{"eval/accuracy": "[bold]eval accuracy {:.3f}[/]", "eval/ce_loss": "[bold]eval ce {:.4f}[/]"},
-    **{"reward/zero_std_frac": "zero-std {:.0%}", "completion/length_mean": "len {:.0f}"},
-    **{"completion/truncated_frac": "trunc {:.0%}", "policy/entropy": "entropy {:.3f}", "loss/kl": "kl {:.4f}"},
-    **{"optim/lr": "lr {:.1e}", "optim/grad_norm": "grad {:.2f}", "time/rollout": "rollout {:.1f}s"},
-    **{"time/train": "train {:.1f}s", "perf/tokens_per_second": "{:,.0f} tok/s", "perf/peak_memory_gb": "{:.1f} GB"},
+STEP_LINE = {  # metric -> its heading and its number in the line of a step
+    **{"reward/mean": ("reward", "{:6.3f}"), "loss/total": ("   loss", "{:7.4f}")},
+    **{"loss/reverse_kl": ("reverse-kl", "{:10.4f}"), "reward/zero_std_frac": ("zero-std", "{:8.0%}")},
+    **{"completion/length_mean": (" len", "{:4.0f}"), "completion/truncated_frac": ("trunc", "{:5.0%}")},
+    **{"policy/entropy": ("entropy", "{:7.3f}"), "loss/kl": ("    kl", "{:6.4f}"), "optim/lr": ("     lr", "{:7.1e}")},
+    **{"optim/grad_norm": (" grad", "{:5.2f}"), "time/rollout": ("rollout", "{:6.1f}s")},
+    **{"time/train": (" train", "{:5.1f}s"), "perf/tokens_per_second": ("  tok/s", "{:7,.0f}")},
+    "perf/peak_memory_gb": ("   GB", "{:5.1f}"),
 }
-FREE_TO_CHANGE = ("num_steps", "saving_steps", "logging_steps", "eval_steps", "resume", "output_dir")  # on resume
+WARNINGS = (  # what to say when a metric is above a limit in five logged steps in a row
+    (
+        "reward/zero_std_frac",
+        0.8,
+        "most groups teach nothing, their rewards are equal: change the problems' difficulty",
+    ),
+    ("completion/truncated_frac", 0.5, "most completions are cut at --max-new-tokens {max_new_tokens}: raise it"),
+    ("completion/truncated_frac", 0.999, "no completion ends by itself: {model} never writes a stop token"),
+)
+# On resume. Memory may have run out before.
+FREE_TO_CHANGE = "num_steps saving_steps logging_steps eval_steps micro_batch_tokens resume output_dir".split()
 
 
 class Run:
@@ -1148,7 +1183,7 @@ class Run:
 
     def __init__(self, args: Any, script: str, accelerator: Accelerator, learning_rate: float):
         self.args, self.name, self.accelerator = args, Path(script).stem, accelerator
-        self.flags = vars(args) | {"learning_rate": learning_rate}
+        self.flags = vars(args) | {"learning_rate": learning_rate, "num_processes": accelerator.num_processes}
         self.is_main = accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True)
         self.folder, self.checkpoint, self.step = on_main_process(accelerator, self.open_folder)
@@ -1156,9 +1191,19 @@ class Run:
         self.finished = self.step >= args.num_steps and (self.folder / "final").exists()
         if self.finished:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
-        self.progress = Progress(console=self.console, disable=not (self.is_main and self.console.is_terminal))
+        # Without a long period the time that is left is unknown where a step takes longer than that.
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        disable = not (self.is_main and self.console.is_terminal)
+        self.progress = Progress(*columns, console=self.console, disable=disable, speed_estimate_period=3600)
         self.bar = self.progress.add_task("training", total=args.num_steps, completed=self.step)
         self.wandb_on = args.enable_wandb and self.is_main
+        of_whom = f"default for {'bundled' if args.model in BUNDLED else 'real'} models"
+        why = of_whom if args.learning_rate is None else "as asked"
+        warmup = f"{args.warmup_steps} steps of warm-up, then {args.lr_schedule}"
+        self.optimizer_line = f"optimizer  AdamW, learning rate {learning_rate} ({why}), {warmup}"
+        self.columns: list[str] = []  # metrics in the line of a step
+        self.lines = 0  # printed
+        self.streaks = Counter[str]()  # warning -> logged steps in a row
         self.started = time.perf_counter()
 
     def open_folder(self) -> tuple[Path, Path | None, int]:
@@ -1177,9 +1222,8 @@ class Run:
             raise UserError(f"{folder} is not empty: add --resume to go on with it, or choose another --output-dir")
         if (folder / "args.json").exists():
             before = json.loads((folder / "args.json").read_text())
-            kept = [n for n in self.flags if n in before and n not in FREE_TO_CHANGE and "wandb" not in n]
-            pairs = [(n.replace("_", "-"), before[n], self.flags[n]) for n in kept]
-            if changed := [f"--{name} {old} -> {new}" for name, old, new in pairs if old != new]:
+            fixed = [(n, v) for n, v in self.flags.items() if n not in FREE_TO_CHANGE and "wandb" not in n]
+            if changed := [f"--{n.replace('_', '-')} {before[n]} -> {v}" for n, v in fixed if before.get(n, v) != v]:
                 raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
         checkpoint, step = newest_checkpoint(folder)
         for name in ("metrics.jsonl", "completions.jsonl"):
@@ -1191,7 +1235,7 @@ class Run:
         packages = ("torch", "transformers", "accelerate", "datasets", "tyro", "rich")
         device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu"
         record = {"script": self.name, **self.flags, **used, "device": device, "git_revision": git_revision()}
-        record |= {"num_processes": self.accelerator.num_processes, "resumed_from": self.step or None}
+        record["resumed_from"] = self.step or None
         record["versions"] = {p: importlib.metadata.version(p) for p in packages} | {"python": sys.version.split()[0]}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(record, indent=2) + "\n")
@@ -1202,6 +1246,8 @@ class Run:
         for signum in (signal.SIGINT, signal.SIGTERM):  # from here on a signal ends a step instead of breaking it
             signal.signal(signum, on_signal)
         self.say(f"run        {self.folder} · {self.accelerator.num_processes} process(es) on {device}{resumed}")
+        if self.flags["learning_rate"] == 0:
+            self.say("warning    --learning-rate is 0: nothing will be learned", "bold red")
         self.progress.start()
         atexit.register(self.progress.stop)  # gives the terminal its cursor back, however the run ends
 
@@ -1215,9 +1261,24 @@ class Run:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
-        parts = [words.format(metrics[name]) for name, words in STEP_LINE.items() if name in metrics]
-        self.console.print(f"step {step}/{self.args.num_steps} | " + " | ".join(parts))
+        total = self.args.num_steps
+        now = f"{step}/{total}".ljust(len(f"{total}/{total}"))
+        if metrics.keys() & STEP_LINE.keys():
+            self.columns = self.columns or [name for name in STEP_LINE if name in metrics]
+            if self.lines % 20 == 0:
+                self.say("  ".join(["step".ljust(len(now)), *(STEP_LINE[name][0] for name in self.columns)]), "bold")
+            self.lines += 1
+            headed = [(name, *STEP_LINE[name]) for name in self.columns]
+            numbers = [n.format(metrics[name]) if name in metrics else " " * len(h) for name, h, n in headed]
+            self.say("  ".join([now, *numbers]))
+        if held_out := [f"{name[5:]} {v:.4g}" for name, v in metrics.items() if name.startswith("eval/")]:
+            self.say(f"{now}  held out: {', '.join(held_out)}", "bold green")
         self.wandb("log", metrics, step=step)
+        for name, limit, words in WARNINGS:
+            if name in metrics:
+                self.streaks[words] = self.streaks[words] + 1 if metrics[name] > limit else 0
+                if self.streaks[words] == 5:  # in a row; again only after it was well in between
+                    self.say(f"warning    {words.format(**self.flags)}", "bold red")
 
     def log_completions(self, step: int, records: list[dict[str, Any]], show: bool) -> None:
         """Completions and their numbers: to completions.jsonl and, if asked, the screen, under their prompts."""
@@ -1225,22 +1286,34 @@ class Run:
             return
         with open(self.folder / "completions.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step} | record) + "\n" for record in records)
-        for prompt, group in itertools.groupby(records if show else [], key=lambda record: record["prompt"]):
-            self.say(f"prompt: {shorten(prompt)}")
+        if not show:
+            return
+        numbers = [name for name, value in records[0].items() if isinstance(value, float)]
+        table = Table(*numbers, "end", "completion", box=box.SIMPLE_HEAD)
+        for prompt, group in itertools.groupby(records, key=lambda record: record["prompt"]):
+            table.add_row(*("" for _ in numbers), "", Text(shorten(prompt), "bold"))
             for r in group:
-                numbers = [f"{value:6.2f}" for value in r.values() if isinstance(value, float)]
-                self.say(" ".join([*numbers, f" {shorten(r['completion'])}"]))
+                cells = [f"{r[name]:.2f}" for name in numbers]
+                table.add_row(*cells, r["finish_reason"], Text(shorten(r["completion"])))
+        self.console.print(table)
 
-    def finish(self) -> None:
-        """The ending: where the model is, and each evaluation metric before and after."""
+    def finish(self, eval_dataset: Any) -> None:
+        """The ending: where the model is, each evaluation metric before and after, and the next command to type."""
         self.progress.stop()
         minutes = (time.perf_counter() - self.started) / 60
         self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
-        log = (self.folder / "metrics.jsonl").read_text() if self.is_main else ""
-        lines = [json.loads(line) for line in log.splitlines()]
-        for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
-            if values := [line[name] for line in lines if name in line]:
-                self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
+        if self.is_main:
+            for name, before, after in before_and_after(self.folder):
+                self.say(f"before/after {name} {before:.4f} -> {after:.4f}", "bold")
+        args, name = self.args, "loss/reverse_kl" if "loss/reverse_kl" in self.columns else "loss/total"
+        command = ["python", "training_guide/plot.py", str(self.folder), "--metrics", name]
+        if eval_dataset is not None and not rows_without_reward(eval_dataset):
+            given = {"dataset": args.eval_dataset or args.dataset, "num_samples": args.eval_samples, "seed": args.seed}
+            names = ["max_new_tokens", "chat_template_args"]
+            names += ["min_val", "max_val", "operand"] * (given["dataset"] in ("math", args.dataset))
+            given |= {name: getattr(args, name) for name in names}
+            command = ["python", "evaluate.py", "--model", str(self.folder / "final"), *flags_of(given)]
+        self.say(f"next       {shlex.join(command)}", "bold")
         self.wandb("finish")
 
     def wandb(self, function: str, *args: Any, **options: Any) -> None:
@@ -1251,6 +1324,57 @@ class Run:
         except Exception as error:
             self.wandb_on = False
             self.say(f"wandb is off from here on, metrics.jsonl goes on: {type(error).__name__}: {error}", "yellow")
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    """A command line's words for values by field name. False and None have none, for they are what flags default to."""
+    given = {f"--{n.replace('_', '-')}": v for n, v in values.items() if v is not None and v is not False}
+    return [word for flag, v in given.items() for word in ([flag] if v is True else [flag, str(v)])]
+
+
+def before_and_after(folder: Path) -> list[tuple[str, float, float]]:
+    """Each evaluation metric that a run has logged: name, first value, last value."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("eval/accuracy", "eval/reward_mean", "eval/ce_loss")
+    logged = {name: [line[name] for line in lines if name in line] for name in names}
+    return [(name, values[0], values[-1]) for name, values in logged.items() if values]
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{script}]{base_model}
+---
+
+# {model}, trained by {script}.py
+
+On `{dataset}`, {num_steps} steps, {num_processes} process(es) on {device}:
+
+```bash
+{command}
+```
+
+| held-out metric | before | after |
+|---|---|---|
+{rows}
+
+Every flag, what was chosen at the start, versions, and the code's revision:
+
+```json
+{record}
+```
+"""
+
+
+def model_card(run: Run) -> str:
+    """README.md of `final/`."""
+    args, record = run.args, json.loads((run.folder / "args.json").read_text())
+    changed = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if getattr(args, f.name) != f.default}
+    command = shlex.join(["python", f"{run.name}.py", *flags_of({**changed, "output_dir": None, "resume": False})])
+    on_hub = args.model not in BUNDLED and not Path(args.model).exists()
+    parts = {"base_model": f"\nbase_model: {args.model}" * on_hub, "record": json.dumps(record, indent=2)}
+    rows = [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in before_and_after(run.folder)]
+    return MODEL_CARD.format(**record | parts, command=command, rows="\n".join(rows))
 
 
 def shorten(text: str, limit: int = 200) -> str:
@@ -1322,27 +1446,31 @@ def step_of(path: Path) -> int:
     return int(suffix) if suffix.isdigit() else -1
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders named `step_<n>`, oldest first."""
+    return sorted((path for path in folder.glob("step_*") if step_of(path) >= 0), key=step_of)
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     """The newest `step_<n>` whose files all have the size its manifest says, and n; (None, 0) without one."""
-    for path in sorted(folder.glob("step_*"), key=step_of, reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             files = json.loads((path / "state.json").read_text())["files"]
-            if not (wrong := [name for name, size in files.items() if (path / name).stat().st_size != size]):
-                return path, step_of(path)
+            wrong = [name for name, size in files.items() if (path / name).stat().st_size != size]
         except (OSError, ValueError, KeyError, TypeError) as error:
             wrong = [str(error)]
+        if not wrong:
+            return path, step_of(path)
         print(f"skipped    {path}, not a whole checkpoint: {wrong[0]}", file=sys.stderr)
     return None, 0
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
     """A Hugging Face model folder: weights in `dtype`, tokenizer, chat template, the source's generation config."""
-    bare, model.generation_config = model.generation_config, model.source_generation_config
     model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in model.state_dict().items()})
-    model.generation_config = bare
     model.config.dtype = model.source_dtype  # who loads the folder without asking for a dtype gets the source's
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for part in (model.config, model.source_generation_config, tokenizer):  # the first two replace what stands there
+        part.save_pretrained(folder)
 
 
 def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: Optimizer) -> None:
@@ -1357,15 +1485,20 @@ def save_checkpoint(run: Run, step: int, model: Any, tokenizer: Any, optimizer: 
         if newest_checkpoint(run.folder)[1] == step:
             return
         publish(run.folder / f"step_{step}", write, {"step": step})
-        for old in sorted(run.folder.glob("step_*"), key=step_of)[:-2]:
+        # Broken ones of later steps, from before a resume, do not count.
+        for old in [path for path in checkpoints(run.folder) if step_of(path) < step][:-1]:
             shutil.rmtree(old, ignore_errors=True)
 
     on_main_process(run.accelerator, publish_and_prune)
 
 
 def save_final(run: Run, model: Any, tokenizer: Any) -> None:
-    """`final/`: the trained model in the dtype that its source came in."""
-    write = functools.partial(save_model, model=model, tokenizer=tokenizer, dtype=model.source_dtype)
+    """`final/`: the trained model in the dtype that its source came in, with a model card."""
+
+    def write(folder: Path) -> None:
+        save_model(folder, model, tokenizer, model.source_dtype)
+        (folder / "README.md").write_text(model_card(run))
+
     on_main_process(run.accelerator, publish, run.folder / "final", write, {"step": run.args.num_steps})
 
 

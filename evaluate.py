@@ -7,9 +7,9 @@ pass@k is the unbiased estimate of https://arxiv.org/abs/2107.03374 (section 2.1
 The interval of the accuracy is a bootstrap over problems: completions of one problem are not independent.
 --compare is paired: the difference of two models on each problem, whose interval is narrower than those of the two.
 
-Laptop:  python evaluate.py --model tiny
-         python evaluate.py --model runs/grpo/final --compare runs/evaluate-tiny/results.jsonl
-GPU:     accelerate launch evaluate.py --model runs/grpo/final --dataset gsm8k --num-completions 8 --temperature 1
+Laptop:  python evaluate.py --output-dir runs/before
+         python evaluate.py --model runs/mine/final --compare runs/before/results.jsonl
+GPU:     accelerate launch evaluate.py --model runs/mine/final --dataset gsm8k --num-completions 8 --temperature 1
 """
 
 import json
@@ -68,7 +68,7 @@ class Args:
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"tensor_parallel_size": 2}'"""
     micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
-    """the memory knob of hf, as in the trainers: generation holds 16 times as many tokens, on a CPU 100 times"""
+    """the memory knob of hf, as in the trainers: generation holds 16 times as many tokens, on a CPU 128 times"""
 
     # Run
     output_dir: str | None = None
@@ -120,12 +120,12 @@ def summarize(records: list[dict[str, Any]], num_completions: int, seed: int) ->
     """Metrics of one record a completion, `num_completions` in a row for each problem."""
     rewards = np.array([r["reward"] for r in records]).reshape(-1, num_completions)  # (P, G)
     solved = rewards >= 1.0
-    low, high = bootstrap_interval(solved_share(records, num_completions), seed)
+    low, high = bootstrap_interval(solved.mean(axis=1), seed)
     metrics = {"eval/accuracy": float(solved.mean()), "eval/accuracy_low": low, "eval/accuracy_high": high}
     metrics |= {"eval/reward_mean": float(rewards.mean()), "eval/reward_std": float(rewards.std())}
-    metrics["eval/partial_frac"] = float(((rewards > 0) & ~solved).mean())  # rewarded, not solved: right form only
-    for k in sorted({2**i for i in range(num_completions.bit_length())} | {num_completions}):
-        if num_completions > 1:
+    metrics["eval/partial_frac"] = float(((rewards > 0) & ~solved).mean())  # some reward, but not solved
+    if num_completions > 1:
+        for k in sorted({2**i for i in range(num_completions.bit_length())} | {num_completions}):
             passes = [pass_at_k(num_completions, int(c), k) for c in solved.sum(axis=1)]
             metrics[f"eval/pass@{k}"] = float(np.mean(passes))
     metrics["completion/length_mean"] = float(np.mean([r["tokens"] for r in records]))
@@ -151,6 +151,10 @@ def main(args: Args, dataset: Any = None) -> None:
     before = None
     if args.compare is not None:
         before = load_solved_share(args.compare, [dataset[i].prompt for i in range(len(dataset))])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror}") from None
 
     # Load the model
     dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
@@ -158,18 +162,18 @@ def main(args: Args, dataset: Any = None) -> None:
     template_args = json.loads(args.chat_template_args)
     tokens_line = common.check_tokenizer(tokenizer, args.model, template_args)
     if args.engine == "vllm":
-        engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args)
+        engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, template_args)
         compute_line = f"compute    {dtype}, attention vLLM's own"
     else:
         model = common.load_model(args.model, accelerator.device, attn, dtype)
-        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype)
+        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
 
     # Sample and score
-    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
-    size = accelerator.num_processes
-    console.print(f"model      {args.model}, engine {engine.name}, {size} process(es)")
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True, markup=False)
+    processes = accelerator.num_processes
+    console.print(f"model      {args.model}, engine {engine.name}, {processes} process(es)")
     console.print(compute_line)
-    console.print(tokens_line, markup=False)
+    console.print(tokens_line)
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
     started = time.perf_counter()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -197,12 +201,11 @@ def main(args: Args, dataset: Any = None) -> None:
     metrics |= {"time/rollout": seconds, "perf/tokens_per_second": sum(r["tokens"] for r in records) / seconds}
     if not accelerator.is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "results.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     about = vars(args) | {
         "problems": len(dataset),
-        "num_processes": size,
+        "num_processes": processes,
         "engine_version": engine.name,
         "git_revision": common.git_revision(),
     }

@@ -16,6 +16,7 @@ What differs from the paper (https://arxiv.org/abs/2402.03300):
    of the KL divergence, this one's is (https://arxiv.org/abs/2512.02556, section 3.1).
 4. Groups whose rewards are all equal have no gradient: without a KL term they are counted but not computed.
 5. pi_old is the trainer's own detached log-prob in the first of --ppo-steps: no extra forward pass.
+6. With vLLM the policy term is weighted by min(pi_old / pi_engine, --is-cap): truncated importance sampling.
 
 Laptop:  python grpo.py
 GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset gsm8k --batch-size 64
@@ -40,8 +41,7 @@ class Args:
     model: str = "tiny"
     """hub id, folder, or a bundled model: tiny, tiny-teacher"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the forward pass (autocast) and of the reference; the trained weights are float32 always. auto: bf16 on a GPU
-    that has it"""
+    """forward pass (autocast) and reference; trained weights are always float32. auto: bf16 where a GPU has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
     gradient_checkpointing: bool = False
@@ -55,7 +55,7 @@ class Args:
     dataset: str = "math"
     """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
     eval_dataset: str | None = None
-    """likewise; default: the evaluation split of --dataset"""
+    """as --dataset; default: its evaluation split"""
     num_samples: int | None = None
     """math: how many problems (default 2000); else keep the first N rows"""
     min_val: int | None = None
@@ -81,8 +81,7 @@ class Args:
 
     # Algorithm
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
-    """what the sum over tokens is divided by: all tokens of the step; each sequence's length, then the number of
-    sequences; the number of sequences times --max-new-tokens"""
+    """dapo: divide by the step's tokens; grpo: by each sequence's length, then by sequences; dr_grpo: by a constant"""
     advantage_scale: Literal["group", "none"] = "group"
     """group: divide (reward - group mean) by the group's standard deviation; none: do not"""
     ppo_steps: int = 1
@@ -90,12 +89,11 @@ class Args:
     clip_eps: float = 0.2
     """the ratio is clipped at 1 - clip_eps where that lowers the objective"""
     clip_eps_high: float = 0.28
-    """and at 1 + clip_eps_high"""
+    """and at 1 + clip_eps_high likewise"""
     kl_penalty: float = 0.0
     """weight of the KL divergence to the initial model; 0: none, and no reference model is loaded"""
     is_correction: Literal["none", "token", "sequence"] | None = None
-    """weigh the policy term by how much likelier the trainer holds what the engine sampled: each token by its own ratio
-    or by that of its whole completion; default: token with vllm, none with hf"""
+    """weigh the policy term by pi_trainer / pi_engine of the token or of its completion; default: token with vllm"""
     is_cap: float = 2.0
     """largest weight of --is-correction"""
     mask_truncated: bool = False
@@ -133,7 +131,7 @@ class Args:
     logging_steps: int = 1
     """log every so many steps"""
     seed: int = 1
-    """of everything random"""
+    """of every random draw"""
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
     wandb_project: str | None = None
@@ -206,7 +204,7 @@ def importance_weights(log_ratio: torch.Tensor, correction: str, cap: float) -> 
     Args:
         log_ratio: log pi_old - log pi_engine, (B, T), 0 where nothing trains.
         correction: `token` (https://fengyao.notion.site/off-policy-rl), or `sequence`: the product over a completion
-            for each of its tokens, without bias but for the cap, of more variance (https://richardli.xyz/rl-collapse).
+            for each of its tokens, unbiased except for the cap, with more variance (https://richardli.xyz/rl-collapse).
     """
     if correction == "sequence":
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
@@ -260,9 +258,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     # --- end ---
     # --- same in grpo.py, onpolicy_distill.py ---
     if args.engine == "vllm":
-        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, trains=True)
+        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, template_args, trains=True)
     else:
-        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype)
+        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
     # --- end ---
     evaluator = None
     if eval_dataset is not None:
@@ -274,27 +272,27 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name, correction=is_correction)
     local_size = args.batch_size * args.group_size  # B: completions of this process
     total_size = local_size * accelerator.num_processes
-    size = f"{total_size // args.group_size} prompts x {args.group_size} completions a step"
+    size = f"{total_size // args.group_size} prompts x {args.group_size} completions"
     run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights, batches {model.batches}")
     run.say(compute_line)
     run.say(tokens_line)
     run.say(f"engine     {engine.name}, importance sampling correction {is_correction}")
-    held_out = f"{len(eval_dataset)} problems" if evaluator else "off: no held-out split, or --eval-steps 0"
+    held_out = f"{len(eval_dataset)} problems" if evaluator else "off" + " (no held-out split)" * (args.eval_steps > 0)
     run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
-    run.say(f"batch      {size}, learning rate {learning_rate}")
+    run.say(f"batch      {size} a step, at most {total_size * args.max_new_tokens:,} sampled tokens")
+    run.say(run.optimizer_line)
 
     if evaluator is not None and run.step == 0:
         engine.sync(model)
         run.log(0, evaluator.evaluate()[0])
-    dead_steps = 0  # in a row, without any gradient
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. rollout
         started = time.perf_counter()
         first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
         rows = common.data_order(len(train_dataset), args.seed, first, args.batch_size)
         rows = [i for i in rows for _ in range(args.group_size)]  # P prompts -> B = P * G
-        first = accelerator.process_index * local_size
-        seeds = [common.completion_seed(args.seed, step, first + b) for b in range(local_size)]
+        offset = accelerator.process_index * local_size
+        seeds = [common.completion_seed(args.seed, step, offset + b) for b in range(local_size)]
         # --- same in grpo.py, onpolicy_distill.py ---
         engine.sync(model)
         completions = engine.generate(
@@ -338,7 +336,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         ref_logprobs: list[torch.Tensor] = []
         log_ratios: list[torch.Tensor] = []  # of pi_old to the engine's
         weights: list[torch.Tensor] = []
-        sums: Any = Counter()
+        sums: Any = Counter()  # its update() adds
         total_loss, grad_norm = 0.0, 0.0
         for ppo_step in range(args.ppo_steps if batches else 0):
             for n, batch in enumerate(batches):
@@ -373,12 +371,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         step_seconds = time.perf_counter() - started
 
         # 5. log
-        dead_steps = 0 if batches else dead_steps + 1
         if not batches:
-            everywhere = accelerator.gather(torch.stack([rewards, truncated]).transpose(0, 1).to(accelerator.device))
-            run.say(f"step {step}: {explain_no_gradient(everywhere[:, 0], everywhere[:, 1])}")
-        if dead_steps >= 5:
-            run.say(f"warning: no gradient for {dead_steps} steps: change the problems' difficulty", "bold red")
+            everywhere = [accelerator.gather(part.to(accelerator.device)) for part in (rewards, truncated.float())]
+            run.say(f"step {step}: {explain_no_gradient(*everywhere)}")
         metrics: dict[str, float] = {}
         if step == 1 or step % args.logging_steps == 0:
             per_sample = {"reward/mean": rewards.sum(), "reward/std": rewards.std(dim=1).sum() * args.group_size}
@@ -399,9 +394,10 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= {"time/step": step_seconds, "perf/tokens_per_second": tokens / step_seconds}
             metrics |= {"perf/peak_memory_gb": common.peak_memory_gb(accelerator.device)}
             prompt = train_dataset[rows[0]].prompt[-1]["content"]  # the step's first group goes to the log
-            columns = zip(texts, scores, advantages[0].tolist(), [c.finish_reason for c in completions], strict=False)
-            keys = ("prompt", "completion", "reward", "advantage", "finish_reason")
-            records = [dict(zip(keys, (prompt, *column), strict=True)) for column in columns]
+            records = []
+            for text, score, advantage, c in zip(texts, scores, advantages[0].tolist(), completions, strict=False):
+                record = {"prompt": prompt, "completion": text, "reward": score, "advantage": advantage}
+                records.append(record | {"finish_reason": c.finish_reason})
             at_evaluation = args.eval_steps > 0 and step % args.eval_steps == 0
             run.log_completions(step, records, show=step in (1, args.num_steps) or at_evaluation)
 
@@ -419,7 +415,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         if stop and step < args.num_steps:
             raise SystemExit(128 + stop)
     common.save_final(run, model, tokenizer)
-    run.finish()
+    run.finish(eval_dataset)
     # --- end ---
 
 

@@ -37,7 +37,6 @@ import tyro
 
 import common
 from common import UserError
-from envs import EnvBase
 
 
 @dataclass
@@ -46,10 +45,9 @@ class Args:
     model: str = "tiny"
     """the student: hub id, folder, or a bundled model: tiny, tiny-teacher"""
     teacher_model: str = "tiny-teacher"
-    """likewise; it must have the student's tokenizer. It is frozen, and never saved"""
+    """the teacher, as --model, with the student's tokenizer; frozen, and never saved"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """of the forward pass (autocast) and of the teacher; the trained weights are float32 always. auto: bf16 on a GPU
-    that has it"""
+    """forward pass (autocast) and teacher; trained weights are always float32. auto: bf16 where a GPU has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
     gradient_checkpointing: bool = False
@@ -63,7 +61,7 @@ class Args:
     dataset: str = "math"
     """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
     eval_dataset: str | None = None
-    """likewise; default: the evaluation split of --dataset"""
+    """as --dataset; default: its evaluation split"""
     num_samples: int | None = None
     """math: how many problems (default 2000); else keep the first N rows"""
     min_val: int | None = None
@@ -121,7 +119,7 @@ class Args:
     logging_steps: int = 1
     """log every so many steps"""
     seed: int = 1
-    """of everything random"""
+    """of every random draw"""
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
     wandb_project: str | None = None
@@ -199,11 +197,6 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
             raise UserError(f"student and teacher have different tokenizers: {words}; choose models of one family")
 
 
-def has_rewards(dataset: Any) -> bool:
-    """Whether every environment of a dataset can score a completion."""
-    return all(type(dataset[i]).get_reward is not EnvBase.get_reward for i in range(len(dataset)))
-
-
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
     default_learning_rate = 3e-4 if args.model in common.BUNDLED else 1e-5
     learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
@@ -220,7 +213,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     tokens_line = common.check_tokenizer(tokenizer, run.source, template_args)
     # --- end ---
 
-    check_tokenizers(tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template))
+    check_tokenizers(tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False))
     contexts = [common.context_length(common.load_config(name)) for name in (run.source, args.teacher_model)]
     longest_prompt = min(contexts) - args.max_new_tokens
     prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest_prompt, template_args)
@@ -240,27 +233,30 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     # --- end ---
     # --- same in grpo.py, onpolicy_distill.py ---
     if args.engine == "vllm":
-        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, trains=True)
+        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, template_args, trains=True)
     else:
-        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype)
+        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
     # --- end ---
     evaluator = None
-    if eval_dataset is not None and has_rewards(eval_dataset):
+    if eval_dataset is not None and not common.rows_without_reward(eval_dataset):
         evaluator = common.Evaluator(
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
 
     run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name)
     total_size = args.batch_size * accelerator.num_processes
-    rewarded = has_rewards(train_dataset)  # distillation needs no reward, but shows it where there is one
+    rewarded = not common.rows_without_reward(train_dataset)  # no reward is needed, but it shows where there is one
     run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights, batches {model.batches}")
     run.say(f"teacher    {args.teacher_model}: {teacher.model.num_parameters() / 1e6:.1f} M weights, frozen, {dtype}")
     run.say(compute_line)
     run.say(tokens_line)
     run.say(f"engine     {engine.name}")
-    held_out = f"{len(eval_dataset)} problems" if evaluator else "off: no held-out rewards, or --eval-steps 0"
+    held_out = (
+        f"{len(eval_dataset)} problems" if evaluator else "off" + " (no held-out rewards)" * (args.eval_steps > 0)
+    )
     run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
-    run.say(f"batch      {total_size} completions a step, learning rate {learning_rate}")
+    run.say(f"batch      {total_size} completions a step, at most {total_size * args.max_new_tokens:,} sampled tokens")
+    run.say(run.optimizer_line)
 
     if evaluator is not None and run.step == 0:
         engine.sync(model)
@@ -270,8 +266,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         started = time.perf_counter()
         first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
         rows = common.data_order(len(train_dataset), args.seed, first, args.batch_size)
-        first = accelerator.process_index * args.batch_size
-        seeds = [common.completion_seed(args.seed, step, first + b) for b in range(args.batch_size)]
+        offset = accelerator.process_index * args.batch_size
+        seeds = [common.completion_seed(args.seed, step, offset + b) for b in range(args.batch_size)]
         # --- same in grpo.py, onpolicy_distill.py ---
         engine.sync(model)
         completions = engine.generate(
@@ -290,7 +286,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rewards = [common.score(train_dataset[i], text) for i, text in zip(rows, texts, strict=True) if rewarded]
 
         # 3. advantages
-        # None from rewards: the teacher speaks about every token, in the loss.
+        # None: the teacher scores every token, in the loss.
 
         # 4. loss and update
         sequences = []  # (token ids, loss mask)
@@ -300,8 +296,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         trained_tokens = common.global_sum(accelerator, sum(len(c.token_ids) for c in completions))
         batches = common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens)
         chunk_options = {"teacher": teacher, "temperature": args.temperature, "denominator": trained_tokens}
+        chunk_fn = functools.partial(full_kl_of_chunk, **chunk_options)
         log_ratios = []  # of the student's probabilities to the engine's, (N,) each
-        sums: Any = Counter()
+        sums: Any = Counter()  # its update() adds
         total_loss = 0.0
         for batch in batches:
             engine_logprobs = batch.take_tokens([c.logprobs for c in completions])[batch.loss_mask.bool()]  # (N,)
@@ -310,7 +307,6 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                 if args.loss == "full":
                     with torch.no_grad():
                         teacher_states = teacher.states(*inputs)  # (N, H)
-                    chunk_fn = functools.partial(full_kl_of_chunk, **chunk_options)
                     loss, kl, entropy, logprobs = policy(*inputs, chunk_fn, teacher_states)  # logprobs: (N,)
                     sums.update({"loss/reverse_kl": kl, "teacher/entropy": entropy})
                 else:
@@ -336,7 +332,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             per_sample["completion/length_mean"] = sum(len(c.token_ids) for c in completions)
             per_sample["completion/truncated_frac"] = sum(c.finish_reason == "length" for c in completions)
             entropy = {"policy/entropy": -sum(sum(c.logprobs) for c in completions)}
-            metrics = common.reduce_metrics(accelerator, sums | entropy, trained_tokens)
+            metrics = common.reduce_metrics(accelerator, {**sums, **entropy}, trained_tokens)
             metrics |= common.engine_gap(accelerator, log_ratios, trained_tokens)
             metrics |= common.reduce_metrics(accelerator, per_sample, total_size)
             metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
@@ -366,7 +362,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         if stop and step < args.num_steps:
             raise SystemExit(128 + stop)
     common.save_final(run, model, tokenizer)
-    run.finish()
+    run.finish(eval_dataset)
     # --- end ---
 
 

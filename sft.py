@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 import common
 from common import UserError
@@ -57,7 +57,7 @@ class Args:
     dataset: str = "math"
     """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
     eval_dataset: str | None = None
-    """likewise; default: the evaluation split of --dataset"""
+    """as --dataset; default: its evaluation split"""
     num_samples: int | None = None
     """math: how many problems (default 2000); else keep the first N rows"""
     min_val: int | None = None
@@ -99,7 +99,7 @@ class Args:
     max_new_tokens: int = 256
     """longest completion for --eval-sample-completions"""
     engine: Literal["hf", "vllm"] = "hf"
-    """what samples them: transformers' generate, or vLLM in the same process"""
+    """what samples the evaluation completions: transformers' generate, or vLLM in the same process"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
 
@@ -113,7 +113,7 @@ class Args:
     logging_steps: int = 10
     """log every so many steps"""
     seed: int = 1
-    """of everything random"""
+    """of every random draw"""
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
     wandb_project: str | None = None
@@ -123,9 +123,7 @@ class Args:
 
 
 # B sequences, T tokens. A loss is this call's share of the step's: shares of micro-batches and processes add up.
-def sft_loss(
-    logprobs: torch.Tensor, loss_mask: torch.Tensor, denominator: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominator: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of the trained tokens.
 
     Args:
@@ -141,8 +139,8 @@ def sft_loss(
 def encode(
     dataset: Any, tokenizer: Any, max_length: int, template_args: dict, console: Console | None = None
 ) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """(token ids, loss mask) of each conversation of prompt and target, and a line for each kind that is left out."""
-    encoded, kinds = [], Counter()
+    """(token ids, loss mask) of each conversation of prompt and target, and a line per reason to leave some out."""
+    encoded, reasons = [], Counter()
     quiet = console is None or not console.is_terminal
     for i in track(range(len(dataset)), "encoding", console=console, disable=quiet, transient=True):
         try:
@@ -151,12 +149,12 @@ def encode(
         except UserError as error:
             raise UserError(f"row {i}: {error}") from None
         if len(ids) > max_length:
-            kinds[f"longer than {max_length:,} tokens"] += 1
+            reasons[f"longer than {max_length:,} tokens"] += 1
         elif not any(loss_mask[1:]):  # nothing predicts token 0
-            kinds["with nothing to train"] += 1
+            reasons["with nothing to train"] += 1
         else:
             encoded.append((ids, loss_mask))
-    dropped = [f"dropped {count:,} of {len(dataset):,} rows {kind}" for kind, count in kinds.items()]
+    dropped = [f"dropped {count:,} of {len(dataset):,} rows {kind}" for kind, count in reasons.items()]
     if not encoded:
         raise UserError(f"no conversation is left: {', '.join(dropped)}")
     return encoded, dropped
@@ -169,7 +167,7 @@ def show(tokenizer: Any, ids: list[int], loss_mask: list[int], short: bool = Fal
         words = tokenizer.decode([token for token, _ in run])
         words = common.shorten(words) if short else words
         text.append(f"«{words}»" if trains else words, "bold green" if trains else "")
-    end = tokenizer.decode([max(zip(loss_mask, range(len(ids)), ids, strict=True))[2]])  # of the last that trains
+    end = tokenizer.decode([token for token, trains in zip(ids, loss_mask, strict=True) if trains][-1:])
     return text.append(f" [{sum(loss_mask)} of {len(ids)} tokens train, the last is {end!r}]", "dim")
 
 
@@ -242,9 +240,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     evaluator = None
     if args.eval_sample_completions and eval_dataset is not None:
         if args.engine == "vllm":
-            engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, trains=True)
+            engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, template_args, trains=True)
         else:
-            engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype)
+            engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
         evaluator = common.Evaluator(
             engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
         )
@@ -261,12 +259,14 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.say(f"model      {args.model}: {weights}, batches {model.batches}")
     run.say(compute_line)
     run.say(tokens_line)
-    held_out = f"{len(eval_conversations)}" if eval_conversations else "off: no held-out split, or --eval-steps 0"
+    held_out = len(eval_conversations) or "off" + " (no held-out split)" * (args.eval_steps > 0)
     run.say(f"data       {args.dataset}: {len(conversations)} conversations; evaluation {held_out}")
     for line in dropped:
         run.say(line, "yellow")
     total_size = args.batch_size * accelerator.num_processes
-    run.say(f"batch      {total_size} conversations a step, learning rate {learning_rate}")
+    mean_tokens = total_size * sum(len(ids) for ids, _ in conversations) / len(conversations)
+    run.say(f"batch      {total_size} conversations a step, about {mean_tokens:,.0f} tokens")
+    run.say(run.optimizer_line)
     run.console.print("example   ", show(tokenizer, *conversations[0], short=True))
 
     if run.step == 0 and eval_conversations:
@@ -279,7 +279,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         tokens = common.global_sum(accelerator, sum(sum(loss_mask) for _, loss_mask in sequences))
 
         # 2. loss and update
-        sums: Any = Counter()
+        sums: Any = Counter()  # its update() adds
         batches = common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens)
         for batch in batches:
             with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
@@ -312,7 +312,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         if stop and step < args.num_steps:
             raise SystemExit(128 + stop)
     common.save_final(run, model, tokenizer)
-    run.finish()
+    run.finish(eval_dataset)
     # --- end ---
 
 

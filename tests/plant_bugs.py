@@ -126,8 +126,8 @@ BUGS = {  # name -> file, what stands there once, what is planted
     ),
     "completions that depend on the process": (
         "grpo.py",
-        "first = accelerator.process_index * local_size",
-        "first = 0",
+        "offset = accelerator.process_index * local_size",
+        "offset = 0",
     ),
     "same prompts on every process": (
         "grpo.py",
@@ -253,7 +253,11 @@ def first_failure(name: str) -> str | None:
     file, old, new = CHANGES[name]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "results", "__pycache__", ".*_cache"))
+        shutil.copytree(
+            ROOT,
+            copy,
+            ignore=shutil.ignore_patterns(".git", ".venv", "runs", "results", "__pycache__", ".*_cache", ".hypothesis"),
+        )
         text = (copy / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
         (copy / file).write_text(text.replace(old, new))

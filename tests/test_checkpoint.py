@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, read_metrics, run_main
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import sft
 
 CPU = torch.device("cpu")
 
@@ -83,6 +85,21 @@ def test_saved_model_loads_with_transformers_and_keeps_its_settings(tiny, tokeni
     )
 
 
+def test_a_prune_takes_neither_the_new_checkpoint_nor_a_folder_of_the_user(tiny, tokenizer, tmp_path, capsys):
+    """Broken checkpoints of later steps, from before a resume, must not crowd out the ones that are whole."""
+    args = sft.Args(output_dir=str(tmp_path / "run"))
+    run = common.Run(args, "sft.py", Accelerator(cpu=True), 1e-3)
+    for step in (10, 12):
+        common.publish(run.folder / f"step_{step}", fill, {})
+        (run.folder / f"step_{step}" / "weights").write_text("")
+    (run.folder / "step_10_best").mkdir()
+    optimizer = common.make_optimizer(tiny, 0.0)
+    for step in (2, 4, 6):
+        common.save_checkpoint(run, step, tiny, tokenizer, optimizer)
+        assert common.newest_checkpoint(run.folder)[1] == step
+    assert {path.name for path in run.folder.iterdir()} == {"step_10_best", *(f"step_{n}" for n in (4, 6, 10, 12))}
+
+
 # ---- Resume of real runs
 
 SMALL = ["--batch-size", 4, "--saving-steps", 2, "--logging-steps", 1, "--eval-samples", 8, "--num-samples", 50]
@@ -148,8 +165,8 @@ def test_a_killed_run_goes_on_bit_for_bit(straight, tmp_path):
     resumed_from = json.loads((folder / "args.json").read_text())["resumed_from"]
     assert resumed_from is not None
     assert resumed_from >= 2
-    assert f"step {resumed_from}/" not in done.stdout  # only the missing steps ran
-    assert f"step {resumed_from + 1}/" in done.stdout
+    assert f"\n{resumed_from}/" not in done.stdout  # only the missing steps ran
+    assert f"\n{resumed_from + 1}/" in done.stdout
     assert_same_run(folder, straight_folder)
     again = run_main(script, *flags)  # nothing left to do
     assert again.returncode == 0
@@ -206,7 +223,13 @@ def test_resume_refuses_other_flags_and_used_folders(straight):
     assert "--batch-size 4 -> 3" in other.stderr
     assert "--learning-rate" in other.stderr
     assert run_main(script, "--resume").returncode == 2
+    record = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(record | {"num_processes": 2}))
+    other = run_main(script, *flags, "--resume")
+    assert "--num-processes 2 -> 1" in other.stderr
+    (folder / "args.json").write_text(json.dumps(record))
     longer = [*flags, "--resume", "--enable-wandb", "--saving-steps", 100, "--logging-steps", 2]
+    longer += ["--micro-batch-tokens", 300]  # where memory ran out
     steps = RUNS[script][RUNS[script].index("--num-steps") + 1] + 2
     done = run_main(script, *longer, "--num-steps", steps)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ import sft
 
 SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
-CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1380}
+CEILINGS = {"sft.py": 320, "grpo.py": 460, "onpolicy_distill.py": 420, "evaluate.py": 260, "common.py": 1520}
 CEILINGS |= {"envs.py": 350}
 DOCS = [ROOT / "README.md", *sorted((ROOT / "training_guide").glob("*.md")), ROOT / "models" / "README.md"]
 SOURCES = [ROOT / name for name in CEILINGS]
@@ -106,7 +106,7 @@ def test_commands_name_scripts_and_flags_that_exist():
     seen = list(commands())
     assert len(seen) > 10
     for doc, script, rest in seen:
-        if script in ("mine",):
+        if script in ("mine", "rloo"):
             script = "grpo"
         assert script in SCRIPTS or list(ROOT.glob(f"*/{script}.py")), f"{doc}: {script}.py"
         if script in SCRIPTS:

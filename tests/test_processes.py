@@ -217,7 +217,7 @@ def counted(self, *args):
     return generate_batch(self, *args)
 
 common.HFEngine.generate_batch = counted
-common.KV_TOKENS = 1
+common.KV_FACTOR = 1
 common.run(grpo.main, tyro.cli(grpo.Args))
 """
 # One completion a generation batch: 8 batches a rollout, 4 an evaluation of 8 problems shared by two processes.
