@@ -1174,8 +1174,8 @@ WARNINGS = (  # what to say when a metric is above a limit in five logged steps 
     ("completion/truncated_frac", 0.5, "most completions are cut at --max-new-tokens {max_new_tokens}: raise it"),
     ("completion/truncated_frac", 0.999, "no completion ends by itself: {model} never writes a stop token"),
 )
-# On resume. Memory may have run out before.
-FREE_TO_CHANGE = "num_steps saving_steps logging_steps eval_steps micro_batch_tokens resume output_dir".split()
+CADENCE = ("num_steps", "saving_steps", "logging_steps", "eval_steps")
+FREE_TO_CHANGE = (*CADENCE, "micro_batch_tokens", "resume", "output_dir")  # on resume
 
 
 class Run:

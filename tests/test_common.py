@@ -1,5 +1,6 @@
 """Masks, log-probs, batches, the sampler and the optimizer step are exact."""
 
+import copy
 import json
 import math
 import subprocess
@@ -763,13 +764,38 @@ def test_impossible_flags_are_refused_by_name(flag, value):
         common.check_args(types.SimpleNamespace(**{flag: value}))
 
 
+def test_dropout_is_off_and_the_context_known_where_the_settings_are_nested(tmp_path):
+    transformers.Gemma3Config(text_config={"attention_dropout": 0.1, "max_position_embeddings": 77}).save_pretrained(
+        tmp_path / "gemma"
+    )
+    transformers.BioGptConfig(hidden_dropout_prob=0.2, layerdrop=0.1).save_pretrained(tmp_path / "biogpt")
+    config = common.load_config(str(tmp_path / "gemma"))
+    assert (config.text_config.attention_dropout, common.context_length(config)) == (0.0, 77)
+    config = common.load_config(str(tmp_path / "biogpt"))
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.layerdrop) == (0.0, 0.0, 0.0)
+
+
+def test_the_engine_stops_where_the_template_ends_turns_with_these_arguments(tiny, tokenizer):
+    mine = copy.deepcopy(tokenizer)
+    end = "{{ '<|endoftext|>' if other else '<|im_end|>' }}"
+    mine.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "{% endfor %}assistant:"
+    mine.eos_token = "<|im_end|>"
+    known = mine.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    stops = [common.HFEngine(tiny, mine, 512, template_args=args).stop_ids for args in ({}, {"other": True})]
+    assert (known[1] in stops[0], known[1] in stops[1]) == (False, True)
+
+
 def test_possible_flags_pass():
     common.check_args(types.SimpleNamespace(learning_rate=None, eval_steps=0, max_grad_norm=math.inf, temperature=2.0))
     common.check_args(types.SimpleNamespace(temperature=0.0), temperature=common.FINITE)
 
 
 @pytest.mark.parametrize(
-    ("reward", "reason"), [(math.nan, "nan"), (math.inf, "inf"), (None, "None"), ("1.0", "'1.0'"), ([1.0], r"\[1.0\]")]
+    ("reward", "reason"),
+    [
+        *((math.nan, "nan"), (math.inf, "inf"), (None, "None"), ("1.0", "'1.0'"), ([1.0], r"\[1.0\]")),
+        *(({"score": 1}, "{'score': 1}"), ((1.0,), r"\(1.0,\)"), (1j, "1j")),
+    ],
 )
 def test_a_reward_that_is_no_number_stops_with_the_completion(reward, reason):
     class Broken(common.EnvBase):
