@@ -1,12 +1,17 @@
 """The control of a GRPO run: the same flags, but each step's rewards are shuffled over its whole batch.
 
-What a run with these rewards gains is not learned from them. Needs `pip install -e .`:
+What a run with these rewards gains is not learned from them.
 
     python benchmarks/shuffled_rewards.py
 """
 
+import sys
+from pathlib import Path
+
 import torch
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import grpo
@@ -16,7 +21,7 @@ generator = torch.Generator().manual_seed(0)
 
 
 def of_shuffled_rewards(rewards: torch.Tensor, scale: str) -> torch.Tensor:
-    """(P, G) -> (P, G), like grpo.group_advantages."""
+    """(P, G) -> (P, G), like grpo.group_advantages. The batch: that of this process."""
     shuffled = rewards.flatten()[torch.randperm(rewards.numel(), generator=generator)]
     return group_advantages(shuffled.view_as(rewards), scale)
 
