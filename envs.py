@@ -289,7 +289,8 @@ def load_hub(name: str, split: str) -> list[EnvBase] | None:
         splits = datasets.load_dataset(path, config or None)
     except Exception as error:  # the library raises a dozen types, the network's and the parsers' among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot load dataset {name}: {reason}") from None
+        hint = "; a file is file.py:function, or file.jsonl" * (Path(path).suffix in (".py", ".json"))
+        raise UserError(f"cannot load dataset {name}: {reason}{hint}") from None
     found = next((s for s in (["train"] if split == "train" else ["test", "validation"]) if s in splits), None)
     if found is None and split == "eval":
         return None

@@ -213,11 +213,9 @@ def importance_weights(log_ratio: torch.Tensor, correction: str, cap: float) -> 
 
 def explain_no_gradient(rewards: torch.Tensor, truncated: torch.Tensor) -> str:
     """Why no group of the step has a gradient: rewards (P, G), truncated (P, G)."""
-    right, wrong = (rewards >= 1.0).all(dim=1), (rewards < 1.0).all(dim=1)
-    cut = (wrong & truncated.bool().all(dim=1)).sum()
-    return (
-        f"no gradient: of {len(rewards)} groups, {right.sum()} all right, {wrong.sum()} all wrong ({cut} all truncated)"
-    )
+    kinds = {"right": rewards >= 1.0, "wrong": rewards < 1.0, "truncated": truncated.bool()}
+    counts = ", ".join(f"{of_sample.all(dim=1).sum()} all {kind}" for kind, of_sample in kinds.items())
+    return f"no gradient: of {len(rewards)} groups, {counts}"
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:

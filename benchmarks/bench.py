@@ -106,7 +106,9 @@ def run(command: list[str], log: Path, **variables: str) -> list[tuple[float, st
     """The lines a process printed, each with the seconds since its launch. Raises when it fails."""
     started, lines = time.time(), []
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | variables
-    with subprocess.Popen(command, stdout=-1, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         for line in process.stdout or []:
             lines.append((time.time() - started, line))
     log.write_text("".join(line for _, line in lines))

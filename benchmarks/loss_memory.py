@@ -88,7 +88,9 @@ def main(args: Args) -> None:
     for tokens in args.tokens:
         for kind in ("chunked", "full"):
             flags = ["--one", kind, "--tokens", tokens, "--vocabulary", args.vocabulary, "--hidden", args.hidden]
-            done = subprocess.run([sys.executable, __file__, *map(str, flags)], stdout=-1, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *map(str, flags)], stdout=subprocess.PIPE, text=True, check=True
+            )
             rows.append({"tokens": tokens, "kind": kind, **json.loads(done.stdout)})
             r = rows[-1]
             print(f"{tokens:6} tokens, {kind:8} {r['peak_gb']:6.2f} GB {r['seconds']:6.1f} s  loss {r['loss']:.4f}")

@@ -19,8 +19,6 @@ from transformers import TrainerCallback
 
 import envs
 
-launched = time.time()
-
 
 class Timer(TrainerCallback):
     """Prints what each step took, the rollout apart, and the process's peak memory."""

@@ -319,4 +319,4 @@ def test_the_reason_for_no_gradient_is_told():
     rewards = tensor([1.0, 1.0], [0.1, 0.1], [0.0, 0.0])
     truncated = torch.tensor([[0, 0], [0, 0], [1, 1]])
     reason = grpo.explain_no_gradient(rewards, truncated)
-    assert reason == "no gradient: of 3 groups, 1 all right, 2 all wrong (1 all truncated)"
+    assert reason == "no gradient: of 3 groups, 1 all right, 2 all wrong, 1 all truncated"
