@@ -50,11 +50,11 @@ class Args:
     num_samples: int = 512
     """at most this many problems, the same ones as the trainers' --eval-samples"""
     min_val: int | None = None
-    """math: smallest operand (default 0)"""
+    """math: smallest operand (None: 0)"""
     max_val: int | None = None
-    """math: largest operand (default 50)"""
+    """math: largest operand (None: 50)"""
     operand: Literal["add", "sub", "mult", "div"] | None = None
-    """math: the operation (default add)"""
+    """math: the operation (None: add)"""
 
     # Sampling
     num_completions: int = 1
@@ -72,7 +72,7 @@ class Args:
 
     # Run
     output_dir: str | None = None
-    """where results.jsonl and metrics.json go; default runs/evaluate-<model>-<time>"""
+    """where results.jsonl and metrics.json go; None: runs/evaluate-<model>-<time>"""
     compare: str | None = None
     """results.jsonl of an earlier evaluation on the same problems: print the difference, with its interval"""
     seed: int = 1

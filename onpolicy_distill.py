@@ -61,15 +61,15 @@ class Args:
     dataset: str = "math"
     """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
     eval_dataset: str | None = None
-    """as --dataset; default: its evaluation split"""
+    """as --dataset; None: its evaluation split"""
     num_samples: int | None = None
-    """math: how many problems (default 2000); else keep the first N rows"""
+    """math: how many problems (None: 2000); else keep the first N rows"""
     min_val: int | None = None
-    """math: smallest operand (default 0)"""
+    """math: smallest operand (None: 0)"""
     max_val: int | None = None
-    """math: largest operand (default 50)"""
+    """math: largest operand (None: 50)"""
     operand: Literal["add", "sub", "mult", "div"] | None = None
-    """math: the operation (default add)"""
+    """math: the operation (None: add)"""
     batch_size: int = 64
     """prompts per process and step, one completion each"""
     max_new_tokens: int = 256
@@ -91,7 +91,7 @@ class Args:
     num_steps: int = 150
     """rollouts, each followed by an update"""
     learning_rate: float | None = None
-    """peak; default 1e-5, for a bundled model 3e-4"""
+    """peak; None: 1e-5, for a bundled model 3e-4"""
     warmup_steps: int = 5
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -111,7 +111,7 @@ class Args:
 
     # Run
     output_dir: str | None = None
-    """the run's folder; default runs/<script>-<model>-<time>"""
+    """the run's folder; None: runs/<script>-<model>-<time>"""
     resume: bool = False
     """go on from the newest checkpoint in --output-dir; start afresh if there is none"""
     saving_steps: int = 50
@@ -123,9 +123,9 @@ class Args:
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
     wandb_project: str | None = None
-    """default: the script's name"""
+    """None: the script's name"""
     wandb_run_name: str | None = None
-    """default: the run folder's name"""
+    """None: the run folder's name"""
 
 
 # B sequences (a completion each), T tokens, N trained tokens of a chunk, V tokens of the vocabulary

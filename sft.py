@@ -57,17 +57,17 @@ class Args:
     dataset: str = "math"
     """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
     eval_dataset: str | None = None
-    """as --dataset; default: its evaluation split"""
+    """as --dataset; None: its evaluation split"""
     num_samples: int | None = None
-    """math: how many problems (default 2000); else keep the first N rows"""
+    """math: how many problems (None: 2000); else keep the first N rows"""
     min_val: int | None = None
-    """math: smallest operand (default 0)"""
+    """math: smallest operand (None: 0)"""
     max_val: int | None = None
-    """math: largest operand (default 50)"""
+    """math: largest operand (None: 50)"""
     operand: Literal["add", "sub", "mult", "div"] | None = None
-    """math: the operation (default add)"""
+    """math: the operation (None: add)"""
     max_length: int | None = None
-    """drop conversations with more tokens; default: the model's context length"""
+    """drop conversations with more tokens; None: the model's context length"""
     inspect: int | None = None
     """print so many encoded conversations, what trains of them in green and between « and », and stop"""
 
@@ -77,7 +77,7 @@ class Args:
     batch_size: int = 64
     """conversations per process and step"""
     learning_rate: float | None = None
-    """peak; default 1e-5, for a bundled model 1e-3"""
+    """peak; None: 1e-5, for a bundled model 1e-3"""
     warmup_steps: int = 10
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -105,7 +105,7 @@ class Args:
 
     # Run
     output_dir: str | None = None
-    """the run's folder; default runs/<script>-<model>-<time>"""
+    """the run's folder; None: runs/<script>-<model>-<time>"""
     resume: bool = False
     """go on from the newest checkpoint in --output-dir; start afresh if there is none"""
     saving_steps: int = 100
@@ -117,9 +117,9 @@ class Args:
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
     wandb_project: str | None = None
-    """default: the script's name"""
+    """None: the script's name"""
     wandb_run_name: str | None = None
-    """default: the run folder's name"""
+    """None: the run folder's name"""
 
 
 # B sequences, T tokens. A loss is this call's share of the step's: shares of micro-batches and processes add up.

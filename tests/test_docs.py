@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import json
 import re
 
 import plant_bugs
@@ -157,6 +158,41 @@ def test_file_tree_in_readme_is_the_tree():
     text = (ROOT / "README.md").read_text()
     for name in (*CEILINGS, "models/", "training_guide/", "tests/"):
         assert re.search(rf"^{re.escape(name)} ", text, re.MULTILINE), f"README's tree lacks {name}"
+
+
+RESULTS = ROOT / "training_guide" / "results"
+RUNS = [  # rows that read: | `command` | links to run folders | commit | before | after | ...
+    line
+    for section in re.split(r"\n(?=#|\n)", (RESULTS / "README.md").read_text())
+    if "| runs | commit | before | after |" in section
+    for line in section.splitlines()
+    if "](" in line
+]
+
+
+def mean_and_spread(values):
+    mean = f"{sum(values) / len(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+@pytest.mark.parametrize("row", RUNS, ids=lambda row: row.split("`")[1][:60])
+def test_figures_of_the_results_are_those_of_their_raw_files(row):
+    _, _, runs, commit, before, after, *_ = (cell.strip() for cell in row.split("|"))
+    folders = [RESULTS / name for name in re.findall(r"\]\(([\w.-]+)\)", runs)]
+    evaluated = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        evaluated.append([line["eval/accuracy"] for line in lines if "eval/accuracy" in line])
+        assert json.loads((folder / "args.json").read_text())["git_revision"].startswith(commit)
+    assert before == mean_and_spread([values[0] for values in evaluated])
+    assert after == mean_and_spread([values[-1] for values in evaluated])
+
+
+def test_every_raw_file_belongs_to_a_figure():
+    assert len(RUNS) > 10
+    text = (RESULTS / "README.md").read_text()
+    for path in RESULTS.iterdir():
+        assert path.name == "README.md" or f"({path.name})" in text or f"({path.name}/" in text, path
 
 
 def test_planted_bugs_have_their_place():
