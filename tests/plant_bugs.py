@@ -14,12 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = [
-    f"test_{room}.py"
-    for room in (
-        *("grpo", "sft", "common", "templates", "onpolicy_distill", "reference", "invariance", "scripts", "processes"),
-    )
-]
+ROOMS = "grpo sft common templates onpolicy_distill reference invariance scripts processes terminal"
+SUITES = [f"test_{room}.py" for room in ROOMS.split()]
 
 BUGS = {  # name -> file, what stands there once, what is planted
     "denominator of this process alone": (
@@ -52,6 +48,8 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "every = scaled(logits, temperature).log_softmax(-1)",
         "every = logits.log_softmax(-1)",
     ),
+    "a warning at every bad step": ("common.py", "if self.streaks[words] == 5:", "if self.streaks[words] >= 1:"),
+    "the next command evaluates other problems": ("common.py", '"seed": args.seed}', '"seed": 1}'),
     "population standard deviation": (
         "grpo.py",
         "rewards.std(dim=1, keepdim=True)",
@@ -253,25 +251,13 @@ def first_failure(name: str) -> str | None:
     file, old, new = CHANGES[name]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(
-            ROOT,
-            copy,
-            ignore=shutil.ignore_patterns(".git", ".venv", "runs", "results", "__pycache__", ".*_cache", ".hypothesis"),
-        )
+        skipped = (".git", ".venv", "runs", "results", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*skipped))
         text = (copy / file).read_text()
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
         (copy / file).write_text(text.replace(old, new))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-n0",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            *(["-m", "vllm", "tests/test_vllm.py"] if name in VLLM else [f"tests/{s}" for s in SUITES]),
-        ]
+        tests = ["-m", "vllm", "tests/test_vllm.py"] if name in VLLM else [f"tests/{s}" for s in SUITES]
+        command = [sys.executable, *"-m pytest -x -n0 -q -p no:cacheprovider".split(), *tests]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return None

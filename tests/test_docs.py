@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import common
+import envs
 import evaluate
 import grpo
 import onpolicy_distill
@@ -123,6 +124,23 @@ def test_paths_in_documents_exist(doc):
         assert (doc.parent / path).exists(), path
     for path in re.findall(r"`((?:models|tests|training_guide|benchmarks|\.ci)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+def test_functions_in_documents_exist(doc):
+    modules = SCRIPTS | {"common": common, "envs": envs}
+    for module, name in re.findall(rf"`({'|'.join(modules)})\.(\w+)`", doc.read_text()):
+        assert name == "py" or hasattr(modules[module], name), f"{module}.{name}"
+
+
+def test_each_detail_in_a_guide_names_its_function():
+    for guide in GUIDES.values():
+        text = (ROOT / "training_guide" / f"{guide}.md").read_text()
+        section = text.split("## Details that matter\n")[1].split("\n## ")[0]
+        details = re.split(r"^\d+\. ", section, flags=re.MULTILINE)[1:]
+        assert len(details) >= 6
+        for detail in details:
+            assert re.search(r"`\w+\.\w+`|\(grpo\.md", detail), f"{guide}.md: {detail}"
 
 
 def test_flags_and_defaults_in_guides_are_those_of_the_code():
