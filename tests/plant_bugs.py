@@ -257,7 +257,7 @@ def first_failure(name: str) -> str | None:
         assert text.count(old) == 1, f"{file} has {text.count(old)} times: {old}"
         (copy / file).write_text(text.replace(old, new))
         tests = ["-m", "vllm", "tests/test_vllm.py"] if name in VLLM else [f"tests/{s}" for s in SUITES]
-        command = [sys.executable, *"-m pytest -x -n0 -q -p no:cacheprovider".split(), *tests]
+        command = [sys.executable, "-m", "pytest", "-x", "-n0", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return None
