@@ -1175,6 +1175,8 @@ WARNINGS = (  # what to say when a metric is above a limit in five logged steps 
     ("completion/truncated_frac", 0.999, "no completion ends by itself: {model} never writes a stop token"),
 )
 CADENCE = ("num_steps", "saving_steps", "logging_steps", "eval_steps")
+EVALUATE = {"dataset": "math", "num_samples": 512, "seed": 1, "max_new_tokens": 256}  # what evaluate.py does unasked
+EVALUATE |= {"chat_template_args": "{}"}
 FREE_TO_CHANGE = (*CADENCE, "micro_batch_tokens", "resume", "output_dir")  # on resume
 
 
@@ -1312,7 +1314,8 @@ class Run:
             names = ["max_new_tokens", "chat_template_args"]
             names += ["min_val", "max_val", "operand"] * (given["dataset"] in ("math", args.dataset))
             given |= {name: getattr(args, name) for name in names}
-            command = ["python", "evaluate.py", "--model", str(self.folder / "final"), *flags_of(given)]
+            changed = {name: value for name, value in given.items() if value != EVALUATE.get(name)}
+            command = ["python", "evaluate.py", "--model", str(self.folder / "final"), *flags_of(changed)]
         self.say(f"next       {shlex.join(command)}", "bold")
         self.wandb("finish")
 

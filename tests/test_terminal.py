@@ -10,6 +10,7 @@ from conftest import FAST, read_metrics, run_main
 from transformers import AutoModelForCausalLM
 
 import common
+import evaluate
 import grpo
 import onpolicy_distill
 import sft
@@ -105,6 +106,8 @@ def test_the_next_command_evaluates_what_was_trained_on_the_same_problems(tmp_pa
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("next ")]
     program, script, *words = shlex.split(line.removeprefix("next"))
     assert (program, script) == ("python", "evaluate.py")
+    assert "--dataset" not in words  # math anyway
+    assert common.EVALUATE.items() <= vars(evaluate.Args()).items()
     evaluated = run_main(script, *words, "--output-dir", tmp_path / "evaluation")
     assert evaluated.returncode == 0, evaluated.stderr
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
