@@ -1193,10 +1193,10 @@ class Run:
         self.finished = self.step >= args.num_steps and (self.folder / "final").exists()
         if self.finished:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
-        # Without a long period the time that is left is unknown where a step takes longer than that.
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        disable = not (self.is_main and self.console.is_terminal)
-        self.progress = Progress(*columns, console=self.console, disable=disable, speed_estimate_period=3600)
+        shown = self.is_main and self.console.is_terminal
+        # Without a long period the time that is left is unknown where a step takes longer than that.
+        self.progress = Progress(*columns, "left", console=self.console, disable=not shown, speed_estimate_period=3600)
         self.bar = self.progress.add_task("training", total=args.num_steps, completed=self.step)
         self.wandb_on = args.enable_wandb and self.is_main
         of_whom = f"default for {'bundled' if args.model in BUNDLED else 'real'} models"
