@@ -1205,7 +1205,7 @@ class Run:
         self.optimizer_line = f"optimizer  AdamW, learning rate {learning_rate} ({why}), {warmup}"
         self.columns: list[str] = []  # metrics in the line of a step
         self.lines = 0  # printed
-        self.streaks = Counter[str]()  # warning -> logged steps in a row
+        self.streaks, self.quiet_until = Counter[str](), Counter[str]()  # warning -> logged steps in a row; step
         self.started = time.perf_counter()
 
     def open_folder(self) -> tuple[Path, Path | None, int]:
@@ -1279,8 +1279,9 @@ class Run:
         for name, limit, words in WARNINGS:
             if name in metrics:
                 self.streaks[words] = self.streaks[words] + 1 if metrics[name] > limit else 0
-                if self.streaks[words] == 5:  # in a row; again only after it was well in between
+                if self.streaks[words] >= 5 and step >= self.quiet_until[words]:
                     self.say(f"warning    {words.format(**self.flags)}", "bold red")
+                    self.quiet_until[words] = step + 100
 
     def log_completions(self, step: int, records: list[dict[str, Any]], show: bool) -> None:
         """Completions and their numbers: to completions.jsonl and, if asked, the screen, under their prompts."""

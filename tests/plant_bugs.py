@@ -48,7 +48,7 @@ BUGS = {  # name -> file, what stands there once, what is planted
         "every = scaled(logits, temperature).log_softmax(-1)",
         "every = logits.log_softmax(-1)",
     ),
-    "a warning at every bad step": ("common.py", "if self.streaks[words] == 5:", "if self.streaks[words] >= 1:"),
+    "a warning at every bad step": ("common.py", "if self.streaks[words] >= 5 and", "if self.streaks[words] >= 1 and"),
     "the next command evaluates other problems": ("common.py", '"seed": args.seed}', '"seed": 1}'),
     "population standard deviation": (
         "grpo.py",

@@ -22,9 +22,9 @@ def run(tmp_path, capsys):
     return common.Run(args, "grpo.py", Accelerator(cpu=True), 1e-3)
 
 
-def log(run, capsys, *values, metric="reward/zero_std_frac"):
-    for value in values:
-        run.log(1, {metric: value})
+def log(run, capsys, *values, metric="reward/zero_std_frac", first=1):
+    for step, value in enumerate(values, start=first):
+        run.log(step, {metric: value})
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
 
 
@@ -48,18 +48,18 @@ def test_a_metric_that_a_step_lacks_leaves_its_column_empty(run, capsys):
     assert lacking[3:] == full[3:].replace("0.2500", "      ")
 
 
-def test_most_groups_without_spread_warn_once_in_five_steps_and_again_after_recovery(run, capsys):
-    assert log(run, capsys, 0.9, 0.9, 0.9, 0.9) == []
-    (line,) = log(run, capsys, 0.9, 0.9, 0.9)
+def test_most_groups_without_spread_warn_after_five_steps_in_a_row_and_again_after_a_hundred(run, capsys):
+    assert log(run, capsys, 0.9, 0.9, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9, 0.9) == []  # 80% is no more than 80%
+    (line,) = log(run, capsys, *[0.9] * 100, first=10)
     assert "most groups teach nothing" in line
-    assert log(run, capsys, 0.8, 0.9, 0.9, 0.9, 0.9) == []  # 80% is no more than 80%
-    assert len(log(run, capsys, 0.9)) == 1
+    assert len(log(run, capsys, 0.9, first=110)) == 1
+    assert log(run, capsys, *[0.1] * 200, first=111) == []
 
 
 def test_cut_completions_and_a_stop_token_that_never_comes_warn(run, capsys):
     (line,) = log(run, capsys, *[0.51] * 5, metric="completion/truncated_frac")
     assert "--max-new-tokens 7" in line
-    never = log(run, capsys, 0.1, *[1.0] * 5, metric="completion/truncated_frac")
+    never = log(run, capsys, 0.1, *[1.0] * 5, metric="completion/truncated_frac", first=200)
     assert len(never) == 2
     assert "tiny never writes a stop token" in never[1]
 
