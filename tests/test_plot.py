@@ -36,18 +36,18 @@ def test_runs_are_grouped_by_all_but_the_seed_and_named_by_what_differs(folder):
 
 def test_a_line_is_the_mean_in_a_band_of_all_runs(folder):
     runs = [plot.load(folder(str(n), values)) for n, values in enumerate(({0: 1.0, 5: 3.0, 7: 9.0}, {0: 2.0, 5: 6.0}))]
-    at, values = plot.curve(runs, "eval/accuracy", "step", 1)
+    at, mean, smallest, largest = plot.curve(runs, "eval/accuracy", "step", 1)
     assert at.tolist() == [0, 5]  # where every run has a value
-    assert values.tolist() == [[1.0, 3.0], [2.0, 6.0]]
-    at, _ = plot.curve(runs, "eval/accuracy", "samples", 1)
+    assert (mean.tolist(), smallest.tolist(), largest.tolist()) == ([1.5, 4.5], [1.0, 3.0], [2.0, 6.0])
+    at, *_ = plot.curve(runs, "eval/accuracy", "samples", 1)
     assert at.tolist() == [0, 5 * 2 * 4 * 3]
 
 
 def test_smoothing_is_a_mean_of_the_steps_before_and_leaves_evaluations_alone(folder):
     run = plot.load(folder("a", {1: 1.0, 2: 3.0, 3: 5.0}))
-    assert plot.curve([run], "eval/accuracy", "step", 2)[1].tolist() == [[1.0, 3.0, 5.0]]
+    assert plot.curve([run], "eval/accuracy", "step", 2)[1].tolist() == [1.0, 3.0, 5.0]
     run.lines = [{"step": line["step"], "reward/mean": line["eval/accuracy"]} for line in run.lines]
-    assert plot.curve([run], "reward/mean", "step", 2)[1].tolist() == [[1.0, 2.0, 4.0]]
+    assert plot.curve([run], "reward/mean", "step", 2)[1].tolist() == [1.0, 2.0, 4.0]
     assert plot.curve([run], "loss/kl", "step", 2)[0].size == 0
 
 

@@ -31,7 +31,7 @@ class Args:
     x: Literal["step", "samples"] = "step"
     """the horizontal axis: steps, or completions (SFT: conversations) seen over all processes"""
     smooth: int = 1
-    """draw the mean of so many steps in a row; eval/* is drawn as it is"""
+    """draw the mean of so many logged steps in a row; eval/* is drawn as it is"""
     output: Path = Path("curves.png")
     """the picture; .svg and .pdf work too"""
 
@@ -67,8 +67,8 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
     return labels
 
 
-def curve(runs: list[Run], metric: str, x: str, smooth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where every run has the metric, (points,), and each run's values there, (runs, points)."""
+def curve(runs: list[Run], metric: str, x: str, smooth: int) -> tuple[np.ndarray, ...]:
+    """Where every run has the metric, and the mean, the smallest and the largest of the runs there, (points,) each."""
     series = []
     for run in runs:
         per_step = 1
@@ -80,7 +80,8 @@ def curve(runs: list[Run], metric: str, x: str, smooth: int) -> tuple[np.ndarray
         means = [np.mean(values[max(i + 1 - width, 0) : i + 1]) for i in range(len(values))]
         series.append(dict(zip((at for at, _ in points), means, strict=True)))
     common = sorted(set.intersection(*(set(s) for s in series)))
-    return np.array(common), np.array([[s[at] for at in common] for s in series])
+    values = np.array([[s[at] for at in common] for s in series])  # (runs, points)
+    return np.array(common), values.mean(0), values.min(0), values.max(0)
 
 
 def fail(reason: str) -> None:
@@ -100,10 +101,10 @@ def main(args: Args) -> None:
     figure, axes = plt.subplots(1, len(args.metrics), figsize=(6 * len(args.metrics), 3.6), squeeze=False)
     for axis, metric in zip(axes[0], args.metrics, strict=True):
         for label, runs in groups.items():
-            at, values = curve(runs, metric, args.x, args.smooth)
+            at, mean, smallest, largest = curve(runs, metric, args.x, args.smooth)
             if len(at):
-                axis.plot(at, values.mean(0), label=label, marker="o" if len(at) < 30 else "", markersize=3)
-                axis.fill_between(at, values.min(0), values.max(0), alpha=0.2, linewidth=0)
+                axis.plot(at, mean, label=label, marker="o" if len(at) < 30 else "", markersize=3)
+                axis.fill_between(at, smallest, largest, alpha=0.2, linewidth=0)
         if not axis.lines:
             return fail(f"no run has {metric}")
         axis.set(xlabel=args.x, ylabel=metric)
