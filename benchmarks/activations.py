@@ -1,4 +1,4 @@
-"""Memory that a training pass keeps for backward, for models of Qwen2.5's shapes, measured on a CPU with random weights.
+"""Memory that a training pass keeps for backward, for models of Qwen2.5's shapes, measured on a CPU, random weights.
 
     python benchmarks/activations.py
 
