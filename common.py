@@ -1166,11 +1166,7 @@ STEP_LINE = {  # metric -> its heading and its number in the line of a step
     "perf/peak_memory_gb": ("   GB", "{:5.1f}"),
 }
 WARNINGS = (  # what to say when a metric is above a limit in five logged steps in a row
-    (
-        "reward/zero_std_frac",
-        0.8,
-        "most groups teach nothing, their rewards are equal: change the problems' difficulty",
-    ),
+    ("reward/zero_std_frac", 0.8, "most groups teach nothing, all rewards alike: change the problems' difficulty"),
     ("completion/truncated_frac", 0.5, "most completions are cut at --max-new-tokens {max_new_tokens}: raise it"),
     ("completion/truncated_frac", 0.999, "no completion ends by itself: {model} never writes a stop token"),
 )
