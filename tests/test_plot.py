@@ -3,6 +3,7 @@
 import json
 import sys
 
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import ROOT, run_script
@@ -43,6 +44,13 @@ def test_a_line_is_the_mean_in_a_band_of_all_runs(folder):
     assert at.tolist() == [0, 5 * 2 * 4 * 3]
 
 
+def test_a_run_that_is_writing_its_last_line_can_be_drawn(folder):
+    path = folder("a", {0: 0.5, 5: 0.75})
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "eval/acc')
+    assert [line["step"] for line in plot.load(path).lines] == [0, 5]
+
+
 def test_smoothing_is_a_mean_of_the_steps_before_and_leaves_evaluations_alone(folder):
     run = plot.load(folder("a", {1: 1.0, 2: 3.0, 3: 5.0}))
     assert plot.curve([run], "eval/accuracy", "step", 2)[1].tolist() == [1.0, 3.0, 5.0]
@@ -53,13 +61,11 @@ def test_smoothing_is_a_mean_of_the_steps_before_and_leaves_evaluations_alone(fo
 
 def test_a_picture_is_drawn_and_a_wrong_folder_or_metric_is_one_line(folder, tmp_path):
     run, picture = folder("a", {0: 0.5, 5: 0.75}), tmp_path / "curves.png"
-    done = run_script("training_guide/plot.py", run, "--output", picture)
+    done = run_script("training_guide/plot.py", run, tmp_path, "--output", picture)  # the second is left out
     assert done.returncode == 0, done.stderr
-    pytest.importorskip("matplotlib")
-    import matplotlib.image
-
+    assert "1 of 2 folders" in done.stdout
     assert np.asarray(matplotlib.image.imread(picture)).std() > 0.01  # not a blank page
-    for flags, reason in (([tmp_path / "none"], "not the folder of a run"), ([run, "--metrics", "a"], "no run has a")):
+    for flags, reason in (([tmp_path / "none"], "is the folder of a run"), ([run, "--metrics", "a"], "no run has a")):
         done = run_script("training_guide/plot.py", *flags, "--output", picture)
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()

@@ -25,7 +25,7 @@ NO_MATTER |= {"enable_wandb", "wandb_project", "wandb_run_name"} | NO_FLAGS
 @dataclass
 class Args:
     runs: tyro.conf.Positional[list[Path]]
-    """run folders: each with args.json and metrics.jsonl"""
+    """run folders; what has no args.json and metrics.jsonl, such as an evaluation, is left out"""
     metrics: list[str] = field(default_factory=lambda: ["eval/accuracy"])
     """what to draw, a panel each; a run without a metric is left out of its panel"""
     x: Literal["step", "samples"] = "step"
@@ -43,9 +43,9 @@ class Run:
 
 
 def load(folder: Path) -> Run:
-    """Raises an OSError without the two files, a ValueError when they hold something else."""
-    flags = json.loads((folder / "args.json").read_text())
-    return Run(flags, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+    """A run, also one that is still writing: its last line may be half there."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return Run(json.loads((folder / "args.json").read_text()), [json.loads(n) for n in lines if n.endswith("\n")])
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
@@ -94,10 +94,10 @@ def main(args: Args) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         return fail('matplotlib is not installed: pip install -e ".[plot]"')
-    try:
-        groups = group([load(folder) for folder in args.runs])
-    except (OSError, ValueError) as error:
-        return fail(f"not the folder of a run: {error}")
+    chosen = [folder for folder in args.runs if (folder / "args.json").exists() and (folder / "metrics.jsonl").exists()]
+    if not chosen:
+        return fail(f"none of {', '.join(map(str, args.runs))} is the folder of a run")
+    groups = group([load(folder) for folder in chosen])
     figure, axes = plt.subplots(1, len(args.metrics), figsize=(6 * len(args.metrics), 3.6), squeeze=False)
     for axis, metric in zip(axes[0], args.metrics, strict=True):
         for label, runs in groups.items():
@@ -113,7 +113,7 @@ def main(args: Args) -> None:
         axis.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(args.output, dpi=120)
-    print(f"saved {args.output}: {len(args.runs)} runs, {len(groups)} lines")
+    print(f"saved {args.output}: {len(chosen)} of {len(args.runs)} folders, {len(groups)} lines")
 
 
 if __name__ == "__main__":
