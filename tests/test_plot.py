@@ -30,9 +30,11 @@ def test_runs_are_grouped_by_all_but_the_seed_and_named_by_what_differs(folder):
     for seed in (1, 2):
         folder(f"a{seed}", {0: 0.0}, seed=seed, lr=1, output_dir=f"a{seed}")
     folder("b", {0: 0.0}, seed=1, lr=2)
-    one = folder("c", {0: 0.0}, seed=1, script="sft")
+    for model in ("x", "y"):
+        one = folder(f"c{model}", {0: 0.0}, seed=1, script="sft", model=f"runs/{model}/final")
     groups = plot.group([plot.load(path) for path in sorted(one.parent.iterdir())])
-    assert {label: len(runs) for label, runs in groups.items()} == {"grpo lr 1 (2 seeds)": 2, "grpo lr 2": 1, "sft": 1}
+    sizes = {"grpo lr 1 (2 seeds)": 2, "grpo lr 2": 1, "sft model runs/x/final": 1, "sft model runs/y/final": 1}
+    assert {label: len(runs) for label, runs in groups.items()} == sizes
 
 
 def test_a_line_is_the_mean_in_a_band_of_all_runs(folder):

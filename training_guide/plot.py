@@ -62,7 +62,7 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
     for members in groups.values():
         flags = members[0].flags
         differ = sorted(name for script, name in values if script == flags["script"] and len(values[script, name]) > 1)
-        words = [flags["script"], *(f"{name.replace('_', '-')} {Path(str(flags[name])).name}" for name in differ)]
+        words = [flags["script"], *(f"{name.replace('_', '-')} {flags[name]}" for name in differ)]
         labels[" ".join(words) + f" ({len(members)} seeds)" * (len(members) > 1)] = members
     return labels
 
