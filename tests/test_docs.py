@@ -128,6 +128,14 @@ def test_paths_in_documents_exist(doc):
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
+def test_links_into_a_page_have_their_heading(doc):
+    for path, anchor in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", doc.read_text()):
+        page = (doc.parent / path if path else doc).read_text()
+        headings = [re.sub(r"[^\w\- ]", "", words.lower()) for words in re.findall(r"^#+ (.+)$", page, re.MULTILINE)]
+        assert anchor in [words.replace(" ", "-") for words in headings], f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda p: p.name)
 def test_functions_in_documents_exist(doc):
     modules = SCRIPTS | {"common": common, "envs": envs}
     for module, name in re.findall(rf"`({'|'.join(modules)})\.(\w+)`", doc.read_text()):
