@@ -145,7 +145,8 @@ def test_sync_brings_each_kind_of_weight_and_forgets_the_cache(pair, kind):
 
 def test_weights_are_random_until_the_first_sync_and_real_where_nobody_syncs(tied, keep):
     """So a sync that brings nothing cannot hide behind weights that vLLM read from disk."""
-    trained, fixed = (keep(VLLMEngine("tiny", tied.tokenizer, F32, MEMORY, trains)) for trains in (True, False))
+    ours = ("tiny", tied.tokenizer, F32, MEMORY)
+    trained, fixed = (keep(VLLMEngine(*ours, trains=trains)) for trains in (True, False))
     assert tied.gaps(tied.generate(trained, 1.0), 1.0).mean() > 1
     assert tied.gaps(tied.generate(fixed, 1.0), 1.0).max() < 1e-3
 
