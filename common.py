@@ -1171,8 +1171,7 @@ WARNINGS = (  # what to say when a metric is above a limit in five logged steps 
     ("completion/truncated_frac", 0.999, "no completion ends by itself: {model} never writes a stop token"),
 )
 CADENCE = ("num_steps", "saving_steps", "logging_steps", "eval_steps")
-EVALUATE = {"dataset": "math", "num_samples": 512, "seed": 1, "max_new_tokens": 256}  # what evaluate.py does unasked
-EVALUATE |= {"chat_template_args": "{}"}
+EVALUATE = {"dataset": "math", "num_samples": 512, "seed": 1, "max_new_tokens": 256, "chat_template_args": "{}"}
 FREE_TO_CHANGE = (*CADENCE, "micro_batch_tokens", "resume", "output_dir")  # on resume
 
 
@@ -1259,6 +1258,12 @@ class Run:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.show_step(step, metrics)
+        self.wandb("log", metrics, step=step)
+        self.warn(step, metrics)
+
+    def show_step(self, step: int, metrics: dict[str, float]) -> None:
+        """The step's numbers under their headings, which come again every 20 lines, and what was held out."""
         total = self.args.num_steps
         now = f"{step}/{total}".ljust(len(f"{total}/{total}"))
         if metrics.keys() & STEP_LINE.keys():
@@ -1271,7 +1276,8 @@ class Run:
             self.say("  ".join([now, *numbers]))
         if held_out := [f"{name[5:]} {v:.4g}" for name, v in metrics.items() if name.startswith("eval/")]:
             self.say(f"{now}  held out: {', '.join(held_out)}", "bold green")
-        self.wandb("log", metrics, step=step)
+
+    def warn(self, step: int, metrics: dict[str, float]) -> None:
         for name, limit, words in WARNINGS:
             if name in metrics:
                 self.streaks[words] = self.streaks[words] + 1 if metrics[name] > limit else 0
@@ -1292,8 +1298,7 @@ class Run:
         for prompt, group in itertools.groupby(records, key=lambda record: record["prompt"]):
             table.add_row(*("" for _ in numbers), "", Text(shorten(prompt), "bold"))
             for r in group:
-                cells = [f"{r[name]:.2f}" for name in numbers]
-                table.add_row(*cells, r["finish_reason"], Text(shorten(r["completion"])))
+                table.add_row(*(f"{r[n]:.2f}" for n in numbers), r["finish_reason"], Text(shorten(r["completion"])))
         self.console.print(table)
 
     def finish(self, eval_dataset: Any) -> None:
@@ -1304,17 +1309,21 @@ class Run:
         if self.is_main:
             for name, before, after in before_and_after(self.folder):
                 self.say(f"before/after {name} {before:.4f} -> {after:.4f}", "bold")
-        args, name = self.args, "loss/reverse_kl" if "loss/reverse_kl" in self.columns else "loss/total"
-        command = ["python", "training_guide/plot.py", str(self.folder), "--metrics", name]
-        if eval_dataset is not None and not rows_without_reward(eval_dataset):
-            given = {"dataset": args.eval_dataset or args.dataset, "num_samples": args.eval_samples, "seed": args.seed}
-            names = ["max_new_tokens", "chat_template_args"]
-            names += ["min_val", "max_val", "operand"] * (given["dataset"] in ("math", args.dataset))
-            given |= {name: getattr(args, name) for name in names}
-            changed = {name: value for name, value in given.items() if value != EVALUATE.get(name)}
-            command = ["python", "evaluate.py", "--model", str(self.folder / "final"), *flags_of(changed)]
-        self.say(f"next       {shlex.join(command)}", "bold")
+        self.say(f"next       {shlex.join(self.next_command(eval_dataset))}", "bold")
         self.wandb("finish")
+
+    def next_command(self, eval_dataset: Any) -> list[str]:
+        """Evaluates `final/` on this run's problems (`EVALUATE`: that script's defaults); else draws the loss."""
+        args = self.args
+        if eval_dataset is None or rows_without_reward(eval_dataset):
+            loss = "loss/reverse_kl" if "loss/reverse_kl" in self.columns else "loss/total"
+            return ["python", "training_guide/plot.py", str(self.folder), "--metrics", loss]
+        given = {"dataset": args.eval_dataset or args.dataset, "num_samples": args.eval_samples, "seed": args.seed}
+        names = ["max_new_tokens", "chat_template_args"]
+        names += ["min_val", "max_val", "operand"] * (given["dataset"] in ("math", args.dataset))
+        given |= {name: getattr(args, name) for name in names}
+        changed = {name: value for name, value in given.items() if value != EVALUATE.get(name)}
+        return ["python", "evaluate.py", "--model", str(self.folder / "final"), *flags_of(changed)]
 
     def wandb(self, function: str, *args: Any, **options: Any) -> None:
         """A tracker must never stop a run: its first failure, of whatever kind, turns it off and says so."""
@@ -1335,8 +1344,7 @@ def flags_of(values: dict[str, Any]) -> list[str]:
 def before_and_after(folder: Path) -> list[tuple[str, float, float]]:
     """Each evaluation metric that a run has logged: name, first value, last value."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    names = ("eval/accuracy", "eval/reward_mean", "eval/ce_loss")
-    logged = {name: [line[name] for line in lines if name in line] for name in names}
+    logged = {n: [row[n] for row in lines if n in row] for n in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss")}
     return [(name, values[0], values[-1]) for name, values in logged.items() if values]
 
 
