@@ -4,9 +4,11 @@ An environment is the whole task: `prompt` is what the model sees, `get_reward` 
 what supervised fine-tuning imitates. A dataset is anything with `len` and `[]` that gives environments.
 """
 
+import functools
 import hashlib
 import inspect
 import json
+import math
 import random
 import re
 import runpy
@@ -42,6 +44,32 @@ class EnvBase:
         if self.answer is None:
             raise UserError("this environment has no answer to imitate: give it one, or write its get_target")
         return str(self.answer)
+
+
+def score(env: EnvBase, text: str) -> float:
+    """The reward of a completion. Raises, naming environment and completion, if it fails or is no finite number."""
+    where = f"for the completion {shorten(text)!r}"
+    try:
+        reward = env.get_reward(text)
+    except Exception as error:
+        raise RuntimeError(f"{type(env).__name__}.get_reward raised {type(error).__name__}: {error} {where}") from error
+    if not (hasattr(reward, "__float__") and math.isfinite(reward)):
+        raise ValueError(f"{type(env).__name__}.get_reward gave {reward!r} {where}: it must be a finite number")
+    return float(reward)
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+def rows_without_reward(dataset: Any) -> list[int]:
+    return [i for i in range(len(dataset)) if type(dataset[i]).get_reward is EnvBase.get_reward]
+
+
+def require_rewards(dataset: Any) -> None:
+    if bare := rows_without_reward(dataset):
+        raise UserError(f"row {bare[0]} has no reward: give the row an answer, or its environment a get_reward")
 
 
 @dataclass
@@ -212,6 +240,32 @@ def load_dataset(
     if envs is not None and not len(envs):
         raise UserError(f"{name}: no rows")
     return envs if envs is None or num_samples is None else [envs[i] for i in range(min(num_samples, len(envs)))]
+
+
+def load_splits(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
+    ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
+    if args.eval_steps > 0 and eval_dataset is None and (args.eval_dataset or train_dataset is None):
+        name = args.eval_dataset or args.dataset
+        # A file has one split: named as the evaluation set, its rows are the evaluation set.
+        split = "train" if args.eval_dataset and is_file(name) else "eval"
+        own_ranges = ranges if name in ("math", args.dataset) else {}
+        eval_dataset = load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own_ranges)
+        if eval_dataset is None and args.eval_dataset:
+            raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
+    if train_dataset is None:
+        train_dataset = load_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed, **ranges)
+    return train_dataset, eval_dataset if args.eval_steps > 0 else None
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(size: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
+
+
+def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Rows at `count` positions from `start` in the endless sequence of seeded permutations of a dataset; no state."""
+    return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
 
 
 def is_file(name: str) -> bool:

@@ -22,12 +22,11 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import common
 import envs
-from common import UserError
+from envs import UserError
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Args:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """of the weights and the forward pass. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    """of packed batches, as in the trainers; here only eager makes a difference"""
     chat_template: str | None = None
     """a Jinja file to use in place of the model's own chat template"""
     chat_template_args: str = "{}"
@@ -67,8 +66,8 @@ class Args:
     """what samples completions: transformers' generate, or vLLM"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"tensor_parallel_size": 2}'"""
-    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
-    """the memory knob of hf, as in the trainers: generation holds 16 times as many tokens, on a CPU 128 times"""
+    micro_batch_tokens: int | None = None
+    """the memory knob of hf, as in the trainers: generation holds 128 times as many tokens. None: chosen by the device"""
 
     # Run
     output_dir: str | None = None
@@ -134,7 +133,8 @@ def summarize(records: list[dict[str, Any]], num_completions: int, seed: int) ->
 
 
 def main(args: Args, dataset: Any = None) -> None:
-    accelerator = common.start(args, temperature=common.FINITE)
+    common.check_args(args, temperature=common.FINITE)
+    accelerator = common.join_processes()
     if args.num_completions > 1 and args.temperature == 0:
         raise UserError("--num-completions above 1 needs --temperature above 0: greedy completions are all the same")
     if dataset is None:
@@ -157,38 +157,32 @@ def main(args: Args, dataset: Any = None) -> None:
         raise UserError(f"--output-dir {folder}: {error.strerror}") from None
 
     # Load the model
-    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
-    tokenizer = common.load_tokenizer(args.model, args.chat_template)
-    template_args = json.loads(args.chat_template_args)
-    tokens_line = common.check_tokenizer(tokenizer, args.model, template_args)
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True, markup=False)
+    processes, dtype = accelerator.num_processes, common.pick_dtype(args.dtype, accelerator.device)
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
+    for line in common.check_tokenizer(tokenizer, args.model):
+        console.print(line)
     if args.engine == "vllm":
-        engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, template_args)
-        compute_line = f"compute    {dtype}, attention vLLM's own"
+        engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args)
     else:
-        model = common.load_model(args.model, accelerator.device, attn, dtype)
-        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
+        model = common.load_model(args.model, accelerator.device, args.attn, dtype)
+        lm = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), args.attn)
+        engine = common.HFEngine(lm, tokenizer, common.pass_tokens(args, accelerator.device))
+    console.print(f"model      {args.model}, {dtype}, engine {engine.name}, {processes} process(es)")
+    console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
 
     # Sample and score
-    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True, markup=False)
-    processes = accelerator.num_processes
-    console.print(f"model      {args.model}, engine {engine.name}, {processes} process(es)")
-    console.print(compute_line)
-    console.print(tokens_line)
-    console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
     started = time.perf_counter()
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        evaluator = common.Evaluator(
-            engine,
-            tokenizer,
-            dataset,
-            args.max_new_tokens,
-            args.temperature,
-            num_completions=args.num_completions,
-            seed=args.seed,
-            template_args=template_args,
-            progress=progress,
-        )
-        _, records = evaluator.evaluate()
+    evaluator = common.Evaluator(
+        engine,
+        tokenizer,
+        dataset,
+        args.max_new_tokens,
+        args.temperature,
+        num_completions=args.num_completions,
+        seed=args.seed,
+    )
+    _, records = evaluator.evaluate()
     seconds = time.perf_counter() - started
 
     # Report

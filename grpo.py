@@ -23,9 +23,9 @@ GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset 
 Guide:   training_guide/grpo.md
 """
 
-import json
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ import torch
 import tyro
 
 import common
+import envs
 
 
 @dataclass
@@ -41,9 +42,9 @@ class Args:
     model: str = "tiny"
     """hub id, folder, or a bundled model: tiny, tiny-teacher"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """forward pass (autocast) and reference; trained weights are always float32. auto: bf16 where a GPU has it"""
+    """forward pass (autocast) and frozen models; trained weights are always float32. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    """of packed batches: flash-attn, PyTorch's varlen kernel, or a loop of sdpa; auto: the first that can run"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -71,13 +72,13 @@ class Args:
     max_new_tokens: int = 256
     """longest completion"""
     temperature: float = 1.0
-    """of sampling; the loss differentiates the same distribution"""
+    """of sampling, and of the distributions in the loss"""
     engine: Literal["hf", "vllm"] = "hf"
     """what samples completions: transformers' generate, or vLLM in the same process"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
     max_logprob_gap: float = 0.1
-    """stop if trainer and engine differ by more nats a token in the first step: the weights did not arrive"""
+    """stop if trainer and engine differ by more nats a token: the weights did not arrive"""
 
     # Algorithm
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
@@ -101,7 +102,7 @@ class Args:
 
     # Optimization
     num_steps: int = 170
-    """rollouts, each followed by --ppo-steps updates"""
+    """rollouts and what is learned from each"""
     learning_rate: float | None = None
     """peak; None: 1e-6, for a bundled model 3e-4"""
     warmup_steps: int = 5
@@ -112,8 +113,8 @@ class Args:
     """AdamW's, on matrices only"""
     max_grad_norm: float = 1.0
     """clip the gradient's norm to this; inf: never"""
-    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
-    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 512 on a CPU. The gradient is the same"""
+    micro_batch_tokens: int | None = None
+    """the memory knob: tokens per forward and backward pass, with the same gradient. None: chosen by the device"""
 
     # Evaluation
     eval_steps: int = 50
@@ -198,223 +199,142 @@ def grpo_loss(
     return loss, {name: torch.where(mask, value.detach(), 0).sum() for name, value in sums.items()}
 
 
-def importance_weights(log_ratio: torch.Tensor, correction: str, cap: float) -> torch.Tensor:
+def importance_weights(log_ratio: torch.Tensor, correction: str, cap: float) -> torch.Tensor | None:
     """Truncated importance sampling: min(pi_old / pi_engine, cap) of the tokens that the engine sampled. (B, T)
 
     Args:
         log_ratio: log pi_old - log pi_engine, (B, T), 0 where nothing trains.
         correction: `token` (https://fengyao.notion.site/off-policy-rl), or `sequence`: the product over a completion
             for each of its tokens, unbiased except for the cap, with more variance (https://richardli.xyz/rl-collapse).
+            `none`: None.
     """
+    if correction == "none":
+        return None
     if correction == "sequence":
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
     return log_ratio.exp().clamp(max=cap)
 
 
-def explain_no_gradient(rewards: torch.Tensor, truncated: torch.Tensor) -> str:
-    """Why no group of the step has a gradient: rewards (P, G), truncated (P, G)."""
-    kinds = {"right": rewards >= 1.0, "wrong": rewards < 1.0, "truncated": truncated.bool()}
-    counts = ", ".join(f"{of_sample.all(dim=1).sum()} all {kind}" for kind, of_sample in kinds.items())
-    return f"no gradient: of {len(rewards)} groups, {counts}"
-
-
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    default_learning_rate = 3e-4 if args.model in common.BUNDLED else 1e-6
-    learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
-    is_correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
-
-    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-    accelerator = common.start(args)
-    train_dataset, eval_dataset = common.load_datasets(args, train_dataset, eval_dataset)
-    run = common.Run(args, __file__, accelerator, learning_rate)
+    run = common.Run(args, __file__, (3e-4, 1e-6), train_dataset, eval_dataset)
     if run.finished:
         return
-    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
-    tokenizer = common.load_tokenizer(run.source, args.chat_template)
-    template_args = json.loads(args.chat_template_args)
-    tokens_line = common.check_tokenizer(tokenizer, run.source, template_args)
-    # --- end ---
-
-    common.require_rewards(train_dataset)
-    longest_prompt = common.context_length(common.load_config(run.source)) - args.max_new_tokens
-    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest_prompt, template_args)
-
-    model = common.load_model(run.source, accelerator.device, attn)
-    reference = None
-    if args.kl_penalty > 0:
-        reference = common.load_model(args.model, accelerator.device, attn, dtype)
-        reference = common.ChunkedLM(reference, dtype, common.vocab_size(tokenizer))
-        reference.requires_grad_(False)
-
-    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # it works in training mode only; dropout is 0
-    policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
-    optimizer = common.make_optimizer(policy, args.weight_decay)
-    common.restore_optimizer(run, optimizer)
-    # --- end ---
-    # --- same in grpo.py, onpolicy_distill.py ---
-    if args.engine == "vllm":
-        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, template_args, trains=True)
-    else:
-        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
-    # --- end ---
+    tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
+    envs.require_rewards(train_dataset)
+    correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
+    longest = common.context_length(common.load_config(run.source)) - args.max_new_tokens
+    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
+    policy = common.load_policy(run)
+    reference = common.load_frozen(run, args.model, "reference") if args.kl_penalty > 0 else None
+    engine = common.make_engine(run)
     evaluator = None
-    if eval_dataset is not None:
-        evaluator = common.Evaluator(
-            engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
-        )
-
-    # The correction that was chosen has a name of its own: --resume compares the flag.
-    run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name, correction=is_correction)
-    local_size = args.batch_size * args.group_size  # B: completions of this process
-    total_size = local_size * accelerator.num_processes
-    size = f"{total_size // args.group_size} prompts x {args.group_size} completions"
-    run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights, batches {model.batches}")
-    run.say(compute_line)
-    run.say(tokens_line)
-    run.say(f"engine     {engine.name}, importance sampling correction {is_correction}")
-    held_out = f"{len(eval_dataset)} problems" if evaluator else "off" + " (no held-out split)" * (args.eval_steps > 0)
-    run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
-    run.say(f"batch      {size} a step, at most {total_size * args.max_new_tokens:,} sampled tokens")
-    run.say(run.optimizer_line)
+    if run.eval_dataset is not None:
+        evaluator = common.Evaluator(engine, tokenizer, run.eval_dataset, args.max_new_tokens)
+    run.begin(correction=correction)
 
     if evaluator is not None and run.step == 0:
-        engine.sync(model)
+        engine.sync(run.model)
         run.log(0, evaluator.evaluate()[0])
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. rollout
         started = time.perf_counter()
-        first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
-        rows = common.data_order(len(train_dataset), args.seed, first, args.batch_size)
-        rows = [i for i in rows for _ in range(args.group_size)]  # P prompts -> B = P * G
-        offset = accelerator.process_index * local_size
-        seeds = [common.completion_seed(args.seed, step, offset + b) for b in range(local_size)]
-        # --- same in grpo.py, onpolicy_distill.py ---
-        engine.sync(model)
-        completions = engine.generate(
-            [prompts[i] for i in rows], seeds, max_new_tokens=args.max_new_tokens, temperature=args.temperature
-        )
-        if stop := common.stop_signal():  # the completions may be missing: this step will be done by whoever resumes
-            common.save_checkpoint(run, step - 1, model, tokenizer, optimizer)
-            raise SystemExit(128 + stop)
+        rows = run.rows(step, len(prompts), args.group_size)  # B = P * G: each prompt G times in a row
+        asked = [prompts[row] for row in rows]
+        engine.sync(run.model)
+        sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        completions = engine.generate(asked, run.seeds(step, len(rows)), **sampling, pause=run.pause)
         texts = [completion.text(tokenizer) for completion in completions]
         rollout_seconds = time.perf_counter() - started
-        if step == run.step + 1:  # the first of this process: weights that did not arrive show at once
-            common.check_engine(accelerator, policy, args, [prompts[i] for i in rows], completions)
-        # --- end ---
 
         # 2. reward
-        scores = [common.score(train_dataset[i], text) for i, text in zip(rows, texts, strict=True)]
-        rewards = torch.tensor(scores, dtype=torch.float64).view(-1, args.group_size)  # (P, G)
-        truncated = torch.tensor([c.finish_reason == "length" for c in completions]).view_as(rewards)  # (P, G)
+        scores = [envs.score(train_dataset[row], text) for row, text in zip(rows, texts, strict=True)]
+        rewards = torch.tensor(scores, dtype=torch.float64, device=device).view(-1, args.group_size)  # (P, G)
+        truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
-        advantages = group_advantages(rewards, args.advantage_scale)  # (P, G)
-        has_gradient = (advantages != 0).any(dim=1, keepdim=True).expand_as(rewards).flatten()  # (B,)
+        advantages = group_advantages(rewards, args.advantage_scale).flatten()  # (B,)
+        has_spread = (rewards != rewards[:, :1]).any(dim=1)  # (P,); in the other groups all advantages are 0
 
         # 4. loss and update
-        sequences = []  # (token ids, loss mask)
-        for i, completion in zip(rows, completions, strict=True):
-            trains = int(not (args.mask_truncated and completion.finish_reason == "length"))
-            loss_mask = [0] * len(prompts[i]) + [trains] * len(completion.token_ids)
-            sequences.append((prompts[i] + completion.token_ids, loss_mask))
-        trained = [sum(loss_mask) for _, loss_mask in sequences]  # tokens
-        computed = [b for b in range(local_size) if trained[b] and (has_gradient[b] or reference is not None)]
-        computed_tokens = common.global_sum(accelerator, sum(trained[b] for b in computed))
-        trained_tokens = common.global_sum(accelerator, sum(trained))
-        constant = total_size * args.max_new_tokens
-        denominator = {"dapo": trained_tokens, "grpo": total_size, "dr_grpo": constant}[args.loss_type]
-        lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
-        batches = common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens, computed)
-        batch_advantages = [batch.take(advantages.flatten().to(accelerator.device)) for batch in batches]
-        engine_logprobs = [batch.take_tokens([c.logprobs for c in completions]) for batch in batches]  # (B, T) each
-        old_logprobs: list[torch.Tensor] = []
-        ref_logprobs: list[torch.Tensor] = []
-        log_ratios: list[torch.Tensor] = []  # of pi_old to the engine's
-        weights: list[torch.Tensor] = []
+        sequences = [completion.after(prompt) for completion, prompt in zip(completions, asked, strict=True)]
+        input_ids, attention_mask, loss_mask, engine_logprobs = common.collate(sequences, device)  # (B, T) each
+        if args.mask_truncated:
+            loss_mask = loss_mask * ~truncated[:, None]
+        total_size, tokens = len(rows) * run.processes, run.sum(loss_mask.sum())
+        denominator = {"dapo": tokens, "grpo": total_size, "dr_grpo": total_size * args.max_new_tokens}[args.loss_type]
+        # What has no gradient is not computed; where nothing has, one completion is, for the gap to the engine.
+        has_gradient = loss_mask.any(dim=1)  # (B,)
+        if reference is None:
+            has_gradient &= has_spread.repeat_interleave(args.group_size)
+        learns = run.sum(has_gradient.sum()) > 0
+        computed = has_gradient.nonzero().flatten().tolist() if learns else [0]
+        micro_batches = common.micro_batches(run, input_ids, attention_mask, computed)
+        clip = {"clip_eps": args.clip_eps, "clip_eps_high": args.clip_eps_high, "kl_penalty": args.kl_penalty}
+        old_logprobs, ref_logprobs = torch.zeros_like(engine_logprobs), torch.zeros_like(engine_logprobs)  # (B, T)
+        lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
-        total_loss, grad_norm = 0.0, 0.0
-        for ppo_step in range(args.ppo_steps if batches else 0):
-            for n, batch in enumerate(batches):
-                with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
-                    inputs = (*batch.inputs, args.temperature)
-                    logprobs, _ = common.token_logprobs(policy, *inputs, entropy=False)  # (B, T)
+        total_loss, grad_norm, updates = 0.0, 0.0, args.ppo_steps if learns else 1
+        for ppo_step in range(updates):
+            for mb in micro_batches:
+                inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb])
+                with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
+                    logprobs = common.token_logprobs(policy, *inputs, args.temperature)
                     if ppo_step == 0:
-                        old_logprobs.append(logprobs.detach())
-                        log_ratios.append(old_logprobs[n] - engine_logprobs[n])  # (B, T)
-                        if is_correction != "none":
-                            weights.append(importance_weights(log_ratios[n], is_correction, args.is_cap))
+                        old_logprobs[mb] = logprobs.detach().double()
                         if reference is not None:
                             with torch.no_grad():
-                                ref_logprobs.append(common.token_logprobs(reference, *inputs, entropy=False)[0])
-                    loss, metrics_of_batch = grpo_loss(
+                                ref_logprobs[mb] = common.token_logprobs(reference, *inputs, args.temperature).double()
+                    log_ratio = (old_logprobs[mb] - engine_logprobs[mb]) * loss_mask[mb]
+                    loss, sums_of_pass = grpo_loss(
                         logprobs,
-                        old_logprobs[n],
-                        batch_advantages[n],
-                        batch.loss_mask,
+                        old_logprobs[mb],
+                        advantages[mb[0]],
+                        loss_mask[mb],
                         denominator=denominator,
-                        clip_eps=args.clip_eps,
-                        clip_eps_high=args.clip_eps_high,
                         loss_type=args.loss_type,
-                        ref_logprobs=ref_logprobs[n] if ref_logprobs else None,
-                        kl_penalty=args.kl_penalty,
-                        importance_weights=weights[n] if weights else None,
+                        ref_logprobs=None if reference is None else ref_logprobs[mb],
+                        importance_weights=importance_weights(log_ratio, correction, args.is_cap),
+                        **clip,
                     )
-                    common.backward(accelerator, loss)
-                sums.update(metrics_of_batch)
+                    common.backward(run, loss)
+                sums.update(sums_of_pass)
                 total_loss += loss.item()
-            grad_norm += common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
+            if ppo_step == 0:
+                gap = common.check_gap(run, old_logprobs[computed], engine_logprobs[computed], loss_mask[computed])
+            if learns:
+                grad_norm += common.optimizer_step(run, step, lr, total_loss) / updates
         step_seconds = time.perf_counter() - started
 
-        # 5. log
-        if not batches:
-            everywhere = [accelerator.gather(part.to(accelerator.device)) for part in (rewards, truncated.float())]
-            run.say(f"step {step}: {explain_no_gradient(*everywhere)}")
-        metrics: dict[str, float] = {}
-        if step == 1 or step % args.logging_steps == 0:
-            per_sample = {"reward/mean": rewards.sum(), "reward/std": rewards.std(dim=1).sum() * args.group_size}
-            per_sample["reward/zero_std_frac"] = (~has_gradient).sum()
-            per_sample["completion/length_mean"] = sum(len(c.token_ids) for c in completions)
-            per_sample["completion/truncated_frac"] = truncated.sum()
-            metrics = common.reduce_metrics(accelerator, sums, computed_tokens * args.ppo_steps)
-            metrics |= common.reduce_metrics(accelerator, {"loss/total": total_loss}, args.ppo_steps)
-            if batches:
-                metrics |= common.engine_gap(accelerator, log_ratios, computed_tokens)
-            metrics |= common.reduce_metrics(accelerator, per_sample, total_size)
-            tokens = metrics["completion/length_mean"] * total_size
-            entropy = {"policy/entropy": -sum(sum(c.logprobs) for c in completions)}
-            metrics |= common.reduce_metrics(accelerator, entropy, tokens)
-            metrics |= {"policy/computed_frac": computed_tokens / tokens}
-            metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm / args.ppo_steps}
-            metrics |= {"time/rollout": rollout_seconds, "time/train": step_seconds - rollout_seconds}
-            metrics |= {"time/step": step_seconds, "perf/tokens_per_second": tokens / step_seconds}
-            metrics |= {"perf/peak_memory_gb": common.peak_memory_gb(accelerator.device)}
-            prompt = train_dataset[rows[0]].prompt[-1]["content"]  # the step's first group goes to the log
-            records = []
-            for text, score, advantage, c in zip(texts, scores, advantages[0].tolist(), completions, strict=False):
-                record = {"prompt": prompt, "completion": text, "reward": score, "advantage": advantage}
-                records.append(record | {"finish_reason": c.finish_reason})
-            at_evaluation = args.eval_steps > 0 and step % args.eval_steps == 0
-            run.log_completions(step, records, show=step in (1, args.num_steps) or at_evaluation)
+        # 5. log: a pair is a sum and a count of this process
+        trained, sampled = loss_mask[computed].sum(), sum(len(c.token_ids) for c in completions)
+        metrics = gap | {name: (value, trained * updates) for name, value in sums.items()}
+        metrics |= {
+            "loss/total": (total_loss, updates / run.processes),  # each process has a share of it
+            "reward/mean": (rewards.sum(), rewards.numel()),
+            "reward/std": (rewards.std(dim=1).sum(), len(rewards)),
+            "reward/zero_std_frac": ((~has_spread).sum(), len(rewards)),
+            "completion/length_mean": (sampled, len(rows)),
+            "completion/truncated_frac": (truncated.sum(), len(rows)),
+            "policy/entropy": (-engine_logprobs.sum(), sampled),
+            "policy/computed_frac": (trained, sampled),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/rollout": rollout_seconds,
+            "time/train": step_seconds - rollout_seconds,
+            "time/step": step_seconds,
+            "perf/tokens_per_second": (sampled, step_seconds / run.processes),
+        }
+        records = []  # some completions, for completions.jsonl
+        for row, text, score, c in zip(rows[:8], texts, scores, completions, strict=False):
+            prompt = train_dataset[row].prompt[-1]["content"]
+            records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
 
         # 6. evaluate and save
-        # --- same in grpo.py, onpolicy_distill.py ---
-        if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
-            engine.sync(model)
+        if evaluator is not None and run.at(step, args.eval_steps):
+            engine.sync(run.model)
             metrics |= evaluator.evaluate()[0]
-        # --- end ---
-        # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-        run.log(step, metrics)
-        stop = common.stop_signal()
-        if stop or step == args.num_steps or step % args.saving_steps == 0:
-            common.save_checkpoint(run, step, model, tokenizer, optimizer)
-        if stop and step < args.num_steps:
-            raise SystemExit(128 + stop)
-    common.save_final(run, model, tokenizer)
-    run.finish(eval_dataset)
-    # --- end ---
+        run.log(step, metrics, records)
+        run.save(step)
 
 
 if __name__ == "__main__":

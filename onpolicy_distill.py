@@ -26,9 +26,9 @@ Guide:   training_guide/onpolicy_distillation.md
 """
 
 import functools
-import json
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,20 +36,21 @@ import torch
 import tyro
 
 import common
-from common import UserError
+import envs
+from envs import UserError
 
 
 @dataclass
 class Args:
     # Model
     model: str = "tiny"
-    """the student: hub id, folder, or a bundled model: tiny, tiny-teacher"""
+    """hub id, folder, or a bundled model: tiny, tiny-teacher"""
     teacher_model: str = "tiny-teacher"
-    """the teacher, as --model, with the student's tokenizer; frozen, and never saved"""
+    """as --model, with the same tokenizer; frozen, and never saved"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """forward pass (autocast) and teacher; trained weights are always float32. auto: bf16 where a GPU has it"""
+    """forward pass (autocast) and frozen models; trained weights are always float32. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    """of packed batches: flash-attn, PyTorch's varlen kernel, or a loop of sdpa; auto: the first that can run"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -71,17 +72,17 @@ class Args:
     operand: Literal["add", "sub", "mult", "div"] | None = None
     """math: the operation (None: add)"""
     batch_size: int = 64
-    """prompts per process and step, one completion each"""
+    """prompts per process and step"""
     max_new_tokens: int = 256
     """longest completion"""
     temperature: float = 1.0
-    """of sampling; in the loss it divides the logits of student and teacher alike"""
+    """of sampling, and of the distributions in the loss"""
     engine: Literal["hf", "vllm"] = "hf"
     """what samples completions: transformers' generate, or vLLM in the same process"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
     max_logprob_gap: float = 0.1
-    """stop if trainer and engine differ by more nats a token in the first step: the weights did not arrive"""
+    """stop if trainer and engine differ by more nats a token: the weights did not arrive"""
 
     # Algorithm
     loss: Literal["full", "sampled"] = "full"
@@ -89,7 +90,7 @@ class Args:
 
     # Optimization
     num_steps: int = 150
-    """rollouts, each followed by an update"""
+    """rollouts and what is learned from each"""
     learning_rate: float | None = None
     """peak; None: 1e-5, for a bundled model 3e-4"""
     warmup_steps: int = 5
@@ -100,8 +101,8 @@ class Args:
     """AdamW's, on matrices only"""
     max_grad_norm: float = 1.0
     """clip the gradient's norm to this; inf: never"""
-    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
-    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 512 on a CPU. The gradient is the same"""
+    micro_batch_tokens: int | None = None
+    """the memory knob: tokens per forward and backward pass, with the same gradient. None: chosen by the device"""
 
     # Evaluation
     eval_steps: int = 50
@@ -179,9 +180,9 @@ def full_kl_of_chunk(
     temperature: float,
     denominator: float,
 ) -> tuple[torch.Tensor, ...]:
-    """`reverse_kl_loss` of a chunk, (N, V), (N,), (N, H): the loss, its sums, and log-probs of the targets, (N,)."""
-    student_logits = common.scaled(student_logits, temperature)  # (N, V)
-    teacher_logits = common.scaled(teacher.head(teacher_states), temperature)  # (N, V)
+    """`reverse_kl_loss` of a chunk, (n, V), (n,), (n, H): the loss, its sums, and log-probs of the targets, (n,)."""
+    student_logits = common.scaled(student_logits, temperature)  # (n, V)
+    teacher_logits = common.scaled(teacher.head(teacher_states), temperature)  # (n, V)
     loss, metrics = reverse_kl_loss(student_logits, teacher_logits, torch.ones_like(targets), denominator=denominator)
     with torch.no_grad():
         logprobs = student_logits.gather(-1, targets[:, None])[:, 0] - student_logits.logsumexp(-1)
@@ -198,172 +199,108 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    default_learning_rate = 3e-4 if args.model in common.BUNDLED else 1e-5
-    learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
-
-    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-    accelerator = common.start(args)
-    train_dataset, eval_dataset = common.load_datasets(args, train_dataset, eval_dataset)
-    run = common.Run(args, __file__, accelerator, learning_rate)
+    run = common.Run(args, __file__, (3e-4, 1e-5), train_dataset, eval_dataset)
     if run.finished:
         return
-    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
-    tokenizer = common.load_tokenizer(run.source, args.chat_template)
-    template_args = json.loads(args.chat_template_args)
-    tokens_line = common.check_tokenizer(tokenizer, run.source, template_args)
-    # --- end ---
-
+    tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
+    rewarded = not envs.rows_without_reward(train_dataset)  # no reward is needed, but it shows where there is one
     check_tokenizers(tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False))
     contexts = [common.context_length(common.load_config(name)) for name in (run.source, args.teacher_model)]
-    longest_prompt = min(contexts) - args.max_new_tokens
-    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest_prompt, template_args)
-
-    model = common.load_model(run.source, accelerator.device, attn)
-    teacher = common.load_model(args.teacher_model, accelerator.device, attn, dtype)
-    teacher = common.ChunkedLM(teacher, dtype, common.vocab_size(tokenizer))
-    teacher.requires_grad_(False)
-
-    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # it works in training mode only; dropout is 0
-    policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
-    optimizer = common.make_optimizer(policy, args.weight_decay)
-    common.restore_optimizer(run, optimizer)
-    # --- end ---
-    # --- same in grpo.py, onpolicy_distill.py ---
-    if args.engine == "vllm":
-        engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, template_args, trains=True)
-    else:
-        engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
-    # --- end ---
+    longest = min(contexts) - args.max_new_tokens
+    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
+    policy = common.load_policy(run)
+    teacher = common.load_frozen(run, args.teacher_model, "teacher")
+    engine = common.make_engine(run)
     evaluator = None
-    if eval_dataset is not None and not common.rows_without_reward(eval_dataset):
-        evaluator = common.Evaluator(
-            engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
-        )
-
-    run.begin(compute_dtype=str(dtype), attention=attn, engine_version=engine.name)
-    total_size = args.batch_size * accelerator.num_processes
-    rewarded = not common.rows_without_reward(train_dataset)  # no reward is needed, but it shows where there is one
-    run.say(f"model      {args.model}: {model.num_parameters() / 1e6:.1f} M float32 weights, batches {model.batches}")
-    run.say(f"teacher    {args.teacher_model}: {teacher.model.num_parameters() / 1e6:.1f} M weights, frozen, {dtype}")
-    run.say(compute_line)
-    run.say(tokens_line)
-    run.say(f"engine     {engine.name}")
-    held_out = (
-        f"{len(eval_dataset)} problems" if evaluator else "off" + " (no held-out rewards)" * (args.eval_steps > 0)
-    )
-    run.say(f"data       {args.dataset}: {len(train_dataset)} prompts; evaluation {held_out}")
-    run.say(f"batch      {total_size} completions a step, at most {total_size * args.max_new_tokens:,} sampled tokens")
-    run.say(run.optimizer_line)
+    if run.eval_dataset is not None and not envs.rows_without_reward(run.eval_dataset):
+        evaluator = common.Evaluator(engine, tokenizer, run.eval_dataset, args.max_new_tokens)
+    run.begin()
 
     if evaluator is not None and run.step == 0:
-        engine.sync(model)
+        engine.sync(run.model)
         run.log(0, evaluator.evaluate()[0])
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. rollout
         started = time.perf_counter()
-        first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
-        rows = common.data_order(len(train_dataset), args.seed, first, args.batch_size)
-        offset = accelerator.process_index * args.batch_size
-        seeds = [common.completion_seed(args.seed, step, offset + b) for b in range(args.batch_size)]
-        # --- same in grpo.py, onpolicy_distill.py ---
-        engine.sync(model)
-        completions = engine.generate(
-            [prompts[i] for i in rows], seeds, max_new_tokens=args.max_new_tokens, temperature=args.temperature
-        )
-        if stop := common.stop_signal():  # the completions may be missing: this step will be done by whoever resumes
-            common.save_checkpoint(run, step - 1, model, tokenizer, optimizer)
-            raise SystemExit(128 + stop)
+        rows = run.rows(step, len(prompts))  # B
+        asked = [prompts[row] for row in rows]
+        engine.sync(run.model)
+        sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        completions = engine.generate(asked, run.seeds(step, len(rows)), **sampling, pause=run.pause)
         texts = [completion.text(tokenizer) for completion in completions]
         rollout_seconds = time.perf_counter() - started
-        if step == run.step + 1:  # the first of this process: weights that did not arrive show at once
-            common.check_engine(accelerator, policy, args, [prompts[i] for i in rows], completions)
-        # --- end ---
 
         # 2. reward
-        rewards = [common.score(train_dataset[i], text) for i, text in zip(rows, texts, strict=True) if rewarded]
+        scored = zip(rows, texts, strict=True)
+        scores = [envs.score(train_dataset[row], text) if rewarded else None for row, text in scored]
+        truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
         # None: the teacher scores every token, in the loss.
 
         # 4. loss and update
-        sequences = []  # (token ids, loss mask)
-        for i, completion in zip(rows, completions, strict=True):
-            loss_mask = [0] * len(prompts[i]) + [1] * len(completion.token_ids)
-            sequences.append((prompts[i] + completion.token_ids, loss_mask))
-        trained_tokens = common.global_sum(accelerator, sum(len(c.token_ids) for c in completions))
-        batches = common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens)
-        chunk_options = {"teacher": teacher, "temperature": args.temperature, "denominator": trained_tokens}
-        chunk_fn = functools.partial(full_kl_of_chunk, **chunk_options)
-        log_ratios = []  # of the student's probabilities to the engine's, (N,) each
+        sequences = [completion.after(prompt) for completion, prompt in zip(completions, asked, strict=True)]
+        input_ids, attention_mask, loss_mask, engine_logprobs = common.collate(sequences, device)  # (B, T) each
+        denominator = run.sum(loss_mask.sum())
+        micro_batches = common.micro_batches(run, input_ids, attention_mask)
+        of_chunk = functools.partial(
+            full_kl_of_chunk, teacher=teacher, temperature=args.temperature, denominator=denominator
+        )
+        old_logprobs = torch.zeros_like(engine_logprobs)  # (B, T)
+        lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
         total_loss = 0.0
-        for batch in batches:
-            engine_logprobs = batch.take_tokens([c.logprobs for c in completions])[batch.loss_mask.bool()]  # (N,)
-            inputs = batch.inputs
-            with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
+        for mb in micro_batches:
+            inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb])
+            with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
                 if args.loss == "full":
                     with torch.no_grad():
                         teacher_states = teacher.states(*inputs)  # (N, H)
-                    loss, kl, entropy, logprobs = policy(*inputs, chunk_fn, teacher_states)  # logprobs: (N,)
-                    sums.update({"loss/reverse_kl": kl, "teacher/entropy": entropy})
+                    loss, kl, teacher_entropy, logprobs = policy(*inputs, of_chunk, teacher_states)
+                    logprobs = common.at_positions(logprobs, loss_mask[mb])
+                    sums_of_pass = {"loss/reverse_kl": kl}
                 else:
-                    student_logprobs, _ = common.token_logprobs(policy, *inputs, args.temperature, entropy=False)
+                    logprobs = common.token_logprobs(policy, *inputs, args.temperature)
                     with torch.no_grad():
-                        teacher_logprobs, entropy = common.token_logprobs(teacher, *inputs, args.temperature)
-                    loss, metrics_of_batch = sampled_kl_loss(
-                        student_logprobs, teacher_logprobs, batch.loss_mask, denominator=trained_tokens
+                        scored = common.token_logprobs(teacher, *inputs, args.temperature, entropy=True)
+                    teacher_logprobs, teacher_entropy = scored
+                    loss, sums_of_pass = sampled_kl_loss(
+                        logprobs, teacher_logprobs, loss_mask[mb], denominator=denominator
                     )
-                    sums.update(metrics_of_batch | {"teacher/entropy": entropy.sum()})
-                    logprobs = student_logprobs.detach()[batch.loss_mask.bool()]  # (N,)
-                common.backward(accelerator, loss)
-            log_ratios.append(logprobs - engine_logprobs)
+                common.backward(run, loss)
+            old_logprobs[mb] = logprobs.detach().double()
+            sums.update(sums_of_pass | {"teacher/entropy": teacher_entropy.sum()})
             total_loss += loss.item()
-        lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
-        grad_norm = common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
+        gap = common.check_gap(run, old_logprobs, engine_logprobs, loss_mask)
+        grad_norm = common.optimizer_step(run, step, lr, total_loss)
         step_seconds = time.perf_counter() - started
 
-        # 5. log
-        metrics: dict[str, float] = {}
-        if step == 1 or step % args.logging_steps == 0:
-            per_sample = {"reward/mean": sum(rewards)} if rewarded else {}
-            per_sample["completion/length_mean"] = sum(len(c.token_ids) for c in completions)
-            per_sample["completion/truncated_frac"] = sum(c.finish_reason == "length" for c in completions)
-            entropy = {"policy/entropy": -sum(sum(c.logprobs) for c in completions)}
-            metrics = common.reduce_metrics(accelerator, {**sums, **entropy}, trained_tokens)
-            metrics |= common.engine_gap(accelerator, log_ratios, trained_tokens)
-            metrics |= common.reduce_metrics(accelerator, per_sample, total_size)
-            metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
-            metrics |= {"time/rollout": rollout_seconds, "time/train": step_seconds - rollout_seconds}
-            metrics |= {"time/step": step_seconds, "perf/tokens_per_second": trained_tokens / step_seconds}
-            metrics |= {"perf/peak_memory_gb": common.peak_memory_gb(accelerator.device)}
-            records = []  # the step's first completions go to the log
-            for i, text, completion in zip(rows[:8], texts, completions, strict=False):
-                record = {"prompt": train_dataset[i].prompt[-1]["content"], "completion": text}
-                records.append(record | {"finish_reason": completion.finish_reason})
-            for record, reward in zip(records, rewards, strict=False):
-                record["reward"] = reward
-            at_evaluation = args.eval_steps > 0 and step % args.eval_steps == 0
-            run.log_completions(step, records, show=step in (1, args.num_steps) or at_evaluation)
+        # 5. log: a pair is a sum and a count of this process
+        sampled = sum(len(c.token_ids) for c in completions)
+        metrics = gap | {name: (value, sampled) for name, value in sums.items()}
+        metrics |= {"reward/mean": (sum(scores), len(scores))} if rewarded else {}
+        metrics |= {
+            "completion/length_mean": (sampled, len(rows)),
+            "completion/truncated_frac": (truncated.sum(), len(rows)),
+            "policy/entropy": (-engine_logprobs.sum(), sampled),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/rollout": rollout_seconds,
+            "time/train": step_seconds - rollout_seconds,
+            "time/step": step_seconds,
+            "perf/tokens_per_second": (sampled, step_seconds / run.processes),
+        }
+        records = []  # some completions, for completions.jsonl
+        for row, text, score, c in zip(rows[:8], texts, scores, completions, strict=False):
+            prompt = train_dataset[row].prompt[-1]["content"]
+            records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
 
         # 6. evaluate and save
-        # --- same in grpo.py, onpolicy_distill.py ---
-        if evaluator is not None and (step == args.num_steps or step % args.eval_steps == 0):
-            engine.sync(model)
+        if evaluator is not None and run.at(step, args.eval_steps):
+            engine.sync(run.model)
             metrics |= evaluator.evaluate()[0]
-        # --- end ---
-        # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-        run.log(step, metrics)
-        stop = common.stop_signal()
-        if stop or step == args.num_steps or step % args.saving_steps == 0:
-            common.save_checkpoint(run, step, model, tokenizer, optimizer)
-        if stop and step < args.num_steps:
-            raise SystemExit(128 + stop)
-    common.save_final(run, model, tokenizer)
-    run.finish(eval_dataset)
-    # --- end ---
+        run.log(step, metrics, records)
+        run.save(step)
 
 
 if __name__ == "__main__":

@@ -20,19 +20,20 @@ import json
 import math
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import tyro
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
-from common import UserError
+import envs
+from envs import UserError
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Args:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """of the forward pass (autocast); the trained weights are float32 always. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """attention; auto: flash_attention_2 where it is installed and can run, else sdpa"""
+    """of packed batches: flash-attn, PyTorch's varlen kernel, or a loop of sdpa; auto: the first that can run"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -86,8 +87,8 @@ class Args:
     """AdamW's, on matrices only"""
     max_grad_norm: float = 1.0
     """clip the gradient's norm to this; inf: never"""
-    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
-    """the memory knob: tokens per forward and backward pass; 4096 on a GPU, 512 on a CPU. The gradient is the same"""
+    micro_batch_tokens: int | None = None
+    """the memory knob: tokens per forward and backward pass, with the same gradient. None: chosen by the device"""
 
     # Evaluation
     eval_steps: int = 100
@@ -137,15 +138,14 @@ def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominator: float) -> tuple[T
 
 
 def encode(
-    dataset: Any, tokenizer: Any, max_length: int, template_args: dict, console: Console | None = None
+    dataset: Any, tokenizer: Any, max_length: int, show_progress: bool = False
 ) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
     """(token ids, loss mask) of each conversation of prompt and target, and a line per reason to leave some out."""
     encoded, reasons = [], Counter()
-    quiet = console is None or not console.is_terminal
-    for i in track(range(len(dataset)), "encoding", console=console, disable=quiet, transient=True):
+    for i in track(range(len(dataset)), "encoding", disable=not show_progress, transient=True):
         try:
             messages = [*dataset[i].prompt, {"role": "assistant", "content": dataset[i].get_target()}]
-            ids, loss_mask = common.encode_chat(tokenizer, messages, **template_args)
+            ids, loss_mask = common.encode_chat(tokenizer, messages)
         except UserError as error:
             raise UserError(f"row {i}: {error}") from None
         if len(ids) > max_length:
@@ -160,12 +160,11 @@ def encode(
     return encoded, dropped
 
 
-def show(tokenizer: Any, ids: list[int], loss_mask: list[int], short: bool = False) -> Text:
+def show(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> Text:
     """A conversation, what trains of it in green and between « and », the counts and the token that it ends with."""
     text = Text()
-    for trains, run in itertools.groupby(zip(ids, loss_mask, strict=True), key=lambda pair: pair[1]):
-        words = tokenizer.decode([token for token, _ in run])
-        words = common.shorten(words) if short else words
+    for trains, part in itertools.groupby(zip(ids, loss_mask, strict=True), key=lambda pair: pair[1]):
+        words = tokenizer.decode([token for token, _ in part])
         text.append(f"«{words}»" if trains else words, "bold green" if trains else "")
     end = tokenizer.decode([token for token, trains in zip(ids, loss_mask, strict=True) if trains][-1:])
     return text.append(f" [{sum(loss_mask)} of {len(ids)} tokens train, the last is {end!r}]", "dim")
@@ -174,146 +173,98 @@ def show(tokenizer: Any, ids: list[int], loss_mask: list[int], short: bool = Fal
 def inspect(args: Args, dataset: Any = None) -> None:
     """Prints the first encoded conversations, as many as --inspect says. Loads no weights and writes nothing."""
     common.check_args(args)
-    dataset = common.load_datasets(args, dataset, None)[0]
-    tokenizer = common.load_tokenizer(args.model, args.chat_template)
-    template_args = json.loads(args.chat_template_args)
+    dataset = envs.load_splits(args, dataset, None)[0]
+    tokenizer = common.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
     context = common.context_length(common.load_config(args.model))
     rows = [dataset[i] for i in range(len(dataset))[: args.inspect]]
-    conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context), template_args)
+    conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context))
     console = Console(highlight=False, soft_wrap=True)
-    console.print(common.check_tokenizer(tokenizer, args.model, template_args), *dropped, sep="\n", markup=False)
+    lines = common.check_tokenizer(tokenizer, args.model)
+    console.print(*lines, *dropped, sep="\n", markup=False)
     for conversation in conversations:
         console.print(show(tokenizer, *conversation), end="\n\n")
 
 
 @torch.no_grad()
-def evaluate_loss(accelerator: Accelerator, model: nn.Module, conversations: list, max_tokens: int) -> dict[str, float]:
+def evaluate_loss(run: common.Run, policy: torch.nn.Module, conversations: list) -> dict[str, float]:
     """Cross-entropy in nats per assistant token of the whole set, each token with the same weight; and perplexity."""
-    mine = conversations[accelerator.process_index :: accelerator.num_processes]
-    tokens = common.global_sum(accelerator, sum(sum(loss_mask) for _, loss_mask in mine))
-    total = 0.0
-    for batch in common.micro_batches(accelerator, model, mine, max_tokens):
-        logprobs, _ = common.token_logprobs(model, *batch.inputs, entropy=False)
-        total += sft_loss(logprobs, batch.loss_mask, tokens)[0].item()
-    ce_loss = common.global_sum(accelerator, total)
+    own = conversations[run.accelerator.process_index :: run.processes] or [([0], [0])]
+    input_ids, attention_mask, loss_mask = common.collate(own, run.device)  # (B, T) each
+    tokens, total = run.sum(loss_mask.sum()), 0.0
+    for mb in common.micro_batches(run, input_ids, attention_mask):
+        logprobs = common.token_logprobs(policy, input_ids[mb], attention_mask[mb], loss_mask[mb])
+        total += sft_loss(logprobs, loss_mask[mb], tokens)[0].item()
+    ce_loss = run.sum(total)
     return {"eval/ce_loss": ce_loss, "eval/perplexity": math.exp(min(ce_loss, 700.0))}  # exp(710) overflows
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
     if args.inspect is not None:
         return inspect(args, train_dataset)
-    default_learning_rate = 1e-3 if args.model in common.BUNDLED else 1e-5
-    learning_rate = default_learning_rate if args.learning_rate is None else args.learning_rate
-
-    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-    accelerator = common.start(args)
-    train_dataset, eval_dataset = common.load_datasets(args, train_dataset, eval_dataset)
-    run = common.Run(args, __file__, accelerator, learning_rate)
+    run = common.Run(args, __file__, (1e-3, 1e-5), train_dataset, eval_dataset)
     if run.finished:
         return
-    dtype, attn, compute_line = common.pick_compute(args.dtype, args.attn, accelerator.device)
-    tokenizer = common.load_tokenizer(run.source, args.chat_template)
-    template_args = json.loads(args.chat_template_args)
-    tokens_line = common.check_tokenizer(tokenizer, run.source, template_args)
-    # --- end ---
-
+    tokenizer, accelerator = run.tokenizer, run.accelerator
     context = common.context_length(common.load_config(run.source))
-    max_length = min(args.max_length or context, context)
-    conversations, dropped = encode(train_dataset, tokenizer, max_length, template_args, run.console)
-    eval_conversations = []
-    if eval_dataset is not None:
-        eval_conversations, eval_dropped = encode(eval_dataset, tokenizer, max_length, template_args, run.console)
+    options = (tokenizer, min(args.max_length or context, context), run.console.is_terminal)
+    conversations, dropped = encode(run.train_dataset, *options)
+    eval_conversations: list = []
+    if run.eval_dataset is not None:
+        eval_conversations, eval_dropped = encode(run.eval_dataset, *options)
         dropped += [f"evaluation: {line}" for line in eval_dropped]
-
-    torch.manual_seed(args.seed)  # of --from-scratch; nothing else draws from torch's generator
-    from_scratch = args.from_scratch and run.checkpoint is None
-    model = common.load_model(run.source, accelerator.device, attn, from_scratch=from_scratch)
-
-    # --- same in sft.py, grpo.py, onpolicy_distill.py ---
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # it works in training mode only; dropout is 0
-    policy = accelerator.prepare(common.ChunkedLM(model, dtype, common.vocab_size(tokenizer)))
-    optimizer = common.make_optimizer(policy, args.weight_decay)
-    common.restore_optimizer(run, optimizer)
-    # --- end ---
-    evaluator = None
-    if args.eval_sample_completions and eval_dataset is not None:
-        if args.engine == "vllm":
-            engine: Any = common.VLLMEngine(run.source, tokenizer, dtype, args.vllm_args, template_args, trains=True)
-        else:
-            engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens, dtype, template_args)
-        evaluator = common.Evaluator(
-            engine, tokenizer, eval_dataset, args.max_new_tokens, template_args=template_args, progress=run.progress
-        )
-
-    def evaluate() -> dict[str, float]:
-        metrics = evaluate_loss(accelerator, policy, eval_conversations, args.micro_batch_tokens)
-        if evaluator is not None:
-            evaluator.engine.sync(model)
-            metrics |= evaluator.evaluate()[0]
-        return metrics
-
-    run.begin(compute_dtype=str(dtype), attention=attn, dropped=dropped)
-    weights = f"{model.num_parameters() / 1e6:.1f} M {'random ' if from_scratch else ''}float32 weights"
-    run.say(f"model      {args.model}: {weights}, batches {model.batches}")
-    run.say(compute_line)
-    run.say(tokens_line)
-    held_out = len(eval_conversations) or "off" + " (no held-out split)" * (args.eval_steps > 0)
-    run.say(f"data       {args.dataset}: {len(conversations)} conversations; evaluation {held_out}")
     for line in dropped:
         run.say(line, "yellow")
-    total_size = args.batch_size * accelerator.num_processes
-    mean_tokens = total_size * sum(len(ids) for ids, _ in conversations) / len(conversations)
-    run.say(f"batch      {total_size} conversations a step, about {mean_tokens:,.0f} tokens")
-    run.say(run.optimizer_line)
-    run.console.print("example   ", show(tokenizer, *conversations[0], short=True))
+    run.console.print("example   ", show(tokenizer, *conversations[0]))
+    policy = common.load_policy(run, from_scratch=args.from_scratch and run.checkpoint is None)
+    evaluator = None
+    if args.eval_sample_completions and run.eval_dataset is not None:
+        evaluator = common.Evaluator(common.make_engine(run), tokenizer, run.eval_dataset, args.max_new_tokens)
+    run.begin(dropped=dropped)
+
+    def evaluate() -> dict[str, float]:
+        metrics = evaluate_loss(run, policy, eval_conversations)
+        if evaluator is not None:
+            evaluator.engine.sync(run.model)
+            metrics |= evaluator.evaluate()[0]
+        return metrics
 
     if run.step == 0 and eval_conversations:
         run.log(0, evaluate())
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. batch
         started = time.perf_counter()
-        first = ((step - 1) * accelerator.num_processes + accelerator.process_index) * args.batch_size
-        sequences = [conversations[i] for i in common.data_order(len(conversations), args.seed, first, args.batch_size)]
-        tokens = common.global_sum(accelerator, sum(sum(loss_mask) for _, loss_mask in sequences))
+        sequences = [conversations[row] for row in run.rows(step, len(conversations))]
+        input_ids, attention_mask, loss_mask = common.collate(sequences, run.device)  # (B, T) each
+        tokens = run.sum(loss_mask.sum())
 
         # 2. loss and update
+        micro_batches = common.micro_batches(run, input_ids, attention_mask)
+        lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
-        batches = common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens)
-        for batch in batches:
-            with common.sync_gradients(accelerator, policy, last=batch is batches[-1]):
-                logprobs, _ = common.token_logprobs(policy, *batch.inputs, entropy=False)
-                loss, metrics_of_batch = sft_loss(logprobs, batch.loss_mask, tokens)
-                common.backward(accelerator, loss)
-            sums.update(metrics_of_batch)
-        lr = common.scheduled_lr(step, learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
-        total_loss = float(sums["loss/total"])
-        grad_norm = common.optimizer_step(accelerator, policy, optimizer, lr, args.max_grad_norm, step, total_loss)
+        for mb in micro_batches:
+            with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
+                logprobs = common.token_logprobs(policy, input_ids[mb], attention_mask[mb], loss_mask[mb])
+                loss, sums_of_pass = sft_loss(logprobs, loss_mask[mb], tokens)
+                common.backward(run, loss)
+            sums.update(sums_of_pass)
+        grad_norm = common.optimizer_step(run, step, lr, float(sums["loss/total"]))
+        seconds = time.perf_counter() - started
 
-        # 3. log
-        metrics: dict[str, float] = {}
-        if step == 1 or step % args.logging_steps == 0:
-            seconds = time.perf_counter() - started
-            metrics = common.reduce_metrics(accelerator, sums, tokens)
-            metrics |= {"optim/lr": lr, "optim/grad_norm": grad_norm, "time/train": seconds, "time/step": seconds}
-            total_tokens = common.global_sum(accelerator, sum(len(ids) for ids, _ in sequences))
-            metrics["perf/tokens_per_second"] = total_tokens / seconds
-            metrics["perf/peak_memory_gb"] = common.peak_memory_gb(accelerator.device)
+        # 3. log: a pair is a sum and a count of this process
+        metrics = {
+            "loss/total": (sums["loss/total"], loss_mask.sum()),
+            "optim/lr": lr,
+            "optim/grad_norm": grad_norm,
+            "time/train": seconds,
+            "time/step": seconds,
+            "perf/tokens_per_second": (attention_mask.sum(), seconds / run.processes),
+        }
 
         # 4. evaluate and save
-        if eval_conversations and (step == args.num_steps or step % args.eval_steps == 0):
+        if eval_conversations and run.at(step, args.eval_steps):
             metrics |= evaluate()
-        # --- same in sft.py, grpo.py, onpolicy_distill.py ---
         run.log(step, metrics)
-        stop = common.stop_signal()
-        if stop or step == args.num_steps or step % args.saving_steps == 0:
-            common.save_checkpoint(run, step, model, tokenizer, optimizer)
-        if stop and step < args.num_steps:
-            raise SystemExit(128 + stop)
-    common.save_final(run, model, tokenizer)
-    run.finish(eval_dataset)
-    # --- end ---
+        run.save(step)
 
 
 if __name__ == "__main__":
