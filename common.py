@@ -479,6 +479,14 @@ def packed_attention(
     return kernel(q, k, v, *lengths, scale=options.get("scaling"), window_size=(window, 0))[None], None
 
 
+def shared_prefix(one: list[int], other: list[int]) -> int:
+    """With how many tokens both begin."""
+    for n, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return n
+    return min(len(one), len(other))
+
+
 def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Tensor | None, list], Tensor]:
     """Right-padded sequences, (B, T), packed, without what follows the last trained token of each.
 
@@ -490,7 +498,7 @@ def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Te
     tokens, positions, source, where, cu_q, cu_k = [], [], [], [], [0], [0]
     before, keys = [], []
     for row, end in zip(input_ids.tolist(), ends.tolist(), strict=True):
-        shared = len(os.path.commonprefix([before, row[: end - 1]]))  # at least one token is its own
+        shared = shared_prefix(before, row[: end - 1])  # at least one token is its own
         keys = [*keys[:shared], *range(len(tokens), len(tokens) + end - shared)]
         before = row[:end]
         tokens += row[shared:end]
@@ -662,7 +670,7 @@ def micro_batches(
     packs, tokens, before = run.lm.kernel is not None, 0, []
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: sequences[row] if packs else -lengths[row]):
-        shared = len(os.path.commonprefix([before, sequences[row]]))
+        shared = shared_prefix(before, sequences[row])
         more = lengths[row] - shared if packs or not groups else lengths[groups[-1][0]]
         if groups and tokens + more <= run.micro_batch_tokens:
             groups[-1].append(row)

@@ -67,7 +67,7 @@ class Args:
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"tensor_parallel_size": 2}'"""
     micro_batch_tokens: int | None = None
-    """the memory knob of hf, as in the trainers: generation holds 128 times as many tokens. None: chosen by the device"""
+    """the memory knob of hf, as in the trainers: it holds 128 times as many tokens. None: chosen by the device"""
 
     # Run
     output_dir: str | None = None
@@ -158,7 +158,8 @@ def main(args: Args, dataset: Any = None) -> None:
 
     # Load the model
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True, markup=False)
-    processes, dtype = accelerator.num_processes, common.pick_dtype(args.dtype, accelerator.device)
+    processes = accelerator.num_processes
+    dtype, pass_tokens = common.pick_compute(args, accelerator.device)
     tokenizer = common.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
     for line in common.check_tokenizer(tokenizer, args.model):
         console.print(line)
@@ -167,7 +168,7 @@ def main(args: Args, dataset: Any = None) -> None:
     else:
         model = common.load_model(args.model, accelerator.device, args.attn, dtype)
         lm = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), args.attn)
-        engine = common.HFEngine(lm, tokenizer, common.pass_tokens(args, accelerator.device))
+        engine = common.HFEngine(lm, tokenizer, pass_tokens)
     console.print(f"model      {args.model}, {dtype}, engine {engine.name}, {processes} process(es)")
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")
 

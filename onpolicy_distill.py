@@ -231,8 +231,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
-        scored = zip(rows, texts, strict=True)
-        scores = [envs.score(train_dataset[row], text) if rewarded else None for row, text in scored]
+        scores = []  # empty without rewards
+        if rewarded:
+            scores = [envs.score(train_dataset[row], text) for row, text in zip(rows, texts, strict=True)]
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
@@ -291,7 +292,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             "perf/tokens_per_second": (sampled, step_seconds / run.processes),
         }
         records = []  # some completions, for completions.jsonl
-        for row, text, score, c in zip(rows[:8], texts, scores, completions, strict=False):
+        for row, text, score, c in zip(rows[:8], texts, scores or [None] * 8, completions, strict=False):
             prompt = train_dataset[row].prompt[-1]["content"]
             records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
 

@@ -16,7 +16,6 @@ Guide:   training_guide/sft.md
 """
 
 import itertools
-import json
 import math
 import time
 from collections import Counter
