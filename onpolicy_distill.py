@@ -172,7 +172,7 @@ def sampled_kl_loss(
 
 
 def full_kl_of_chunk(
-    student_logits: torch.Tensor,
+    logits: torch.Tensor,
     targets: torch.Tensor,
     teacher_states: torch.Tensor,
     *,
@@ -181,12 +181,10 @@ def full_kl_of_chunk(
     denominator: float,
 ) -> tuple[torch.Tensor, ...]:
     """`reverse_kl_loss` of a chunk, (n, V), (n,), (n, H): the loss, its sums, and log-probs of the targets, (n,)."""
-    student_logits = common.scaled(student_logits, temperature)  # (n, V)
-    teacher_logits = common.scaled(teacher.head(teacher_states), temperature)  # (n, V)
-    loss, metrics = reverse_kl_loss(student_logits, teacher_logits, torch.ones_like(targets), denominator=denominator)
-    with torch.no_grad():
-        logprobs = student_logits.gather(-1, targets[:, None])[:, 0] - student_logits.logsumexp(-1)
-    return loss, *metrics.values(), logprobs
+    teacher_logits = teacher.head(teacher_states, temperature)  # (n, V)
+    loss, sums = reverse_kl_loss(logits, teacher_logits, torch.ones_like(targets), denominator=denominator)
+    (logprobs,) = common.logprob_of(logits.detach(), targets, entropy=False)
+    return loss, *sums.values(), logprobs
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -257,7 +255,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                 if args.loss == "full":
                     with torch.no_grad():
                         teacher_states = teacher.states(*inputs)  # (N, H)
-                    loss, kl, teacher_entropy, logprobs = policy(*inputs, of_chunk, teacher_states)
+                    loss, kl, teacher_entropy, logprobs = policy(*inputs, args.temperature, of_chunk, teacher_states)
                     logprobs = common.at_positions(logprobs, loss_mask[mb])
                     sums_of_pass = {"loss/reverse_kl": kl}
                 else:

@@ -32,7 +32,7 @@ import common
 import grpo
 import onpolicy_distill
 import sft
-from envs import EnvBase
+from envs import EnvBase, data_order
 
 SCRIPTS = {"grpo": grpo, "onpolicy_distill": onpolicy_distill, "sft": sft}
 
@@ -49,7 +49,7 @@ class Puzzle(EnvBase):
 
 def puzzles(flat: list[int], seed: int = 1) -> list[Puzzle]:
     """16 problems of unequal length; `flat` names positions in the order in which the script takes them."""
-    flat_rows = set(common.data_order(16, seed, 0, 16)[i] for i in flat)
+    flat_rows = set(data_order(16, seed, 0, 16)[i] for i in flat)
     texts = [f"{'why ' * (i % 5)}{i * 37} + {i}?" for i in range(16)]
     return [Puzzle([{"role": "user", "content": t}], "yes " * (i % 7), i in flat_rows) for i, t in enumerate(texts)]
 
@@ -85,25 +85,17 @@ def in_float64(model):
     return model
 
 
-def pad_left(batch: common.Batch) -> common.Batch:
-    moved = [t.clone() for t in (batch.input_ids, batch.attention_mask, batch.loss_mask)]
-    for row, length in enumerate(batch.attention_mask.sum(1).tolist()):
-        for t in moved:
-            t[row] = t[row].roll(t.shape[1] - length)
-    return common.Batch(batch.rows, *moved)
-
-
 def capture(case: dict, out: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     steps, reductions = 0, 0
     load_model, generate, micro_batches = common.load_model, common.HFEngine.generate, common.micro_batches
-    adamw_step, prepare = torch.optim.AdamW.step, Accelerator.prepare
+    states, adamw_step, prepare = common.ChunkedLM.states, torch.optim.AdamW.step, Accelerator.prepare
 
     def load_and_cast(*args, **kwargs):
         model = load_model(*args, **kwargs)
         return in_float64(model) if case.get("float64") else model
 
-    def generate_and_record(self, prompts, seeds, *, max_new_tokens, temperature):
+    def generate_and_record(self, prompts, seeds, *, max_new_tokens, temperature, pause=None):
         if case.get("frozen"):
             completions = [frozen_completion(seed, max_new_tokens) for seed in seeds]
         else:
@@ -111,9 +103,13 @@ def capture(case: dict, out: Path) -> None:
         tensors.update({f"completion.{s}": torch.tensor(c.token_ids) for s, c in zip(seeds, completions, strict=True)})
         return completions
 
-    def cut(accelerator, model, sequences, max_tokens, rows=None):
-        batches = micro_batches(accelerator, model, sequences, max_tokens, None if case.get("no_skip") else rows)
-        return [pad_left(b) for b in batches] if case.get("padding") == "left" else batches
+    def cut(run, input_ids, attention_mask, rows=None):
+        return micro_batches(run, input_ids, attention_mask, None if case.get("no_skip") else rows)
+
+    def states_of_left_padded(self, *tensors):  # the order of the trained tokens stays
+        lengths, width = tensors[1].sum(1).tolist(), tensors[1].shape[1]
+        moved = [[row.roll(width - n) for row, n in zip(t, lengths, strict=True)] for t in tensors]
+        return states(self, *map(torch.stack, moved))
 
     def record_and_step(self, *args, **kwargs):
         nonlocal steps
@@ -142,6 +138,7 @@ def capture(case: dict, out: Path) -> None:
         mock.patch.object(common, "load_model", load_and_cast),
         mock.patch.object(common.HFEngine, "generate", generate_and_record),
         mock.patch.object(common, "micro_batches", cut),
+        mock.patch.object(common.ChunkedLM, "states", states_of_left_padded if case.get("padding") else states),
         mock.patch.object(common, "HEAD_LOGITS", case.get("head_logits", common.HEAD_LOGITS)),
         mock.patch.object(torch.optim.AdamW, "step", record_and_step),
         mock.patch.object(Accelerator, "prepare", prepare_and_hook),

@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 import common
 
-common.tune_cpu()  # as each script does: else a test's numbers depend on whether one ran before it
 FAST = ["--eval-steps", "0", "--batch-size", "2", "--num-steps", "2", "--max-new-tokens", "24"]
 
 
@@ -35,7 +34,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny():
     """The bundled model in float32. Do not train it: it is shared."""
-    return common.load_model("tiny", torch.device("cpu"), "sdpa")
+    return common.load_model("tiny", torch.device("cpu"))
 
 
 def run_script(script, *flags, cwd=ROOT, **kwargs):
