@@ -5,7 +5,6 @@ Shapes: B sequences, P prompts, T tokens, N trained tokens of a pass, H hidden s
 
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -776,36 +775,37 @@ class HFEngine:
 
         `pause()` is called before each batch, on all processes equally often: a signal need not wait for the last one.
         """
-        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths share a batch
-        batches, completions, training = [], {}, self.lm.model.training
-        while order:
-            size = min(max(self.max_tokens // (len(prompts[order[0]]) + max_new_tokens), 1), self.max_rows)
-            batches.append(order[:size])
-            order = order[size:]
+        rows = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths share a batch
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        size = min(max(self.max_tokens // longest, 1), self.max_rows)
+        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        completions: dict[int, Completion] = {}
+        training = self.lm.model.training
         self.lm.model.eval()  # with gradient checkpointing, training mode forbids the cache
-        for n in range(max(gather_object([len(batches)])) if pause else len(batches)):
-            if pause:
+        for batch in batches + [[]] * (max(gather_object([len(batches)])) - len(batches)):
+            if pause is not None:
                 pause()
-            for rows in batches[n : n + 1]:
-                drawn = self.decode([(prompts[row], seeds[row]) for row in rows], max_new_tokens, temperature)
-                completions |= zip(rows, drawn, strict=True)
+            asked, own_seeds = [prompts[row] for row in batch], [seeds[row] for row in batch]
+            completions |= zip(batch, self.decode(asked, own_seeds, max_new_tokens, temperature), strict=True)
         self.lm.model.train(training)
         return [completions[row] for row in range(len(prompts))]
 
     @torch.no_grad()
-    def decode(self, batch: list[tuple[list[int], int]], max_new_tokens: int, temperature: float) -> list[Completion]:
-        """The completions of B (prompt, seed) pairs, P of the prompts different."""
+    def decode(self, asked: list, seeds: list[int], max_new_tokens: int, temperature: float) -> list[Completion]:
+        """The completions of B prompts, P of them different."""
+        if not asked:
+            return []
         device, trunk = self.lm.model.device, self.lm.model.base_model
-        prompts = list(dict.fromkeys(tuple(prompt) for prompt, _ in batch))  # what several share is computed once
-        rows = torch.tensor([prompts.index(tuple(prompt)) for prompt, _ in batch], device=device)  # (B,)
+        prompts = list(dict.fromkeys(map(tuple, asked)))  # what several share is computed once
+        rows = torch.tensor([prompts.index(tuple(prompt)) for prompt in asked], device=device)  # (B,)
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (P, T), padded left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # One uniform for each position of each completion: a draw depends on its seed, not on its batch.
-        draws = [np.random.default_rng(seed).random(max_new_tokens) for _, seed in batch]
-        uniforms = torch.from_numpy(np.stack(draws)).to(device)
-        completions = [Completion([], [], "length") for _ in batch]
-        going = list(range(len(batch)))  # rows that have not stopped
+        draws = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+        uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
+        completions = [Completion([], [], "length") for _ in asked]
+        going = list(range(len(asked)))  # rows that have not stopped
 
         with self.lm.autocast():
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -1046,23 +1046,19 @@ class Run:
 
     def begin(self, **chosen: Any) -> None:
         """Writes args.json and starts wandb. From here on a signal ends a step instead of breaking it."""
-        packages = ("torch", "transformers", "accelerate", "datasets", "tyro", "rich")
+        packages = ("torch", "transformers", "accelerate", "tyro", "rich")
         versions = {package: importlib.metadata.version(package) for package in packages}
-        versions["python"] = sys.version.split()[0]
-        self.record |= {
-            **chosen,
-            "resumed_from": self.step or None,
-            "versions": versions,
-            "git_revision": git_revision(),
-        }
+        self.record |= chosen | {"resumed_from": self.step or None}
+        self.record |= {"git_revision": git_revision(), "versions": versions}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(self.record, indent=2) + "\n")
         if self.is_main and self.args.enable_wandb:
-            names = (self.args.wandb_project or self.name, self.args.wandb_run_name or self.folder.name)
             page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in it
             options = {"id": page, "resume": "allow", "dir": str(self.folder), "config": self.record}
+            options |= {"name": self.args.wandb_run_name or self.folder.name}
             with loading("wandb"):
-                self.wandb = importlib.import_module("wandb").init(project=names[0], name=names[1], **options)
+                wandb = importlib.import_module("wandb")
+                self.wandb = wandb.init(project=self.args.wandb_project or self.name, **options)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.on_signal)
 
