@@ -606,7 +606,7 @@ class ChunkedLM(nn.Module):
         return tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*results, strict=True))
 
 
-def logprob_of(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+def logprob_of(logits: Tensor, targets: Tensor, entropy: bool = False) -> tuple[Tensor, ...]:
     """(n, V), (n,) -> log-prob of each target, (n,), and if asked for the entropy of its distribution, (n,)."""
     every = logits.log_softmax(-1)  # (n, V)
     logprobs = every.gather(-1, targets[:, None])[:, 0]
@@ -1107,7 +1107,10 @@ class Run:
         if pairs:
             sums = torch.tensor([[float(s), float(n)] for s, n in pairs.values()], dtype=torch.float64)
             sums = self.accelerator.reduce(sums.to(self.device)).tolist()
-            metrics = metrics | {name: s / n if n else 0.0 for name, (s, n) in zip(pairs, sums, strict=True)}
+            metrics = {name: value for name, value in metrics.items() if name not in pairs}
+            metrics |= {
+                name: s / n for name, (s, n) in zip(pairs, sums, strict=True) if n
+            }  # nothing counted: no metric
         if not metrics or not self.is_main:
             return
         for name, rows in {"metrics.jsonl": [metrics], "completions.jsonl": records}.items():

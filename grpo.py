@@ -23,6 +23,8 @@ GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset 
 Guide:   training_guide/grpo.md
 """
 
+import functools
+import itertools
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -31,6 +33,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 import common
 import envs
@@ -142,11 +145,10 @@ class Args:
 
 
 # P prompts, G completions per prompt, B = P * G sequences, T tokens
-def group_advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
-    """Rewards relative to their group's mean, (P, G) -> (P, G). A group of equal rewards gets exact zeros.
+def group_advantages(rewards: Tensor, scale: str) -> Tensor:
+    """Rewards less their group's mean, (P, G) -> (P, G); `scale` group: over its sample standard deviation + 1e-4.
 
-    Args:
-        scale: `group` divides by the group's sample standard deviation + 1e-4, `none` does not.
+    A group of equal rewards gets exact zeros.
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "group":
@@ -157,19 +159,19 @@ def group_advantages(rewards: torch.Tensor, scale: str) -> torch.Tensor:
 
 
 def grpo_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    loss_mask: torch.Tensor,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
     *,
     denominator: float,
     clip_eps: float,
     clip_eps_high: float,
     loss_type: str,
-    ref_logprobs: torch.Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
     kl_penalty: float = 0.0,
-    importance_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    importance_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective, negated, plus the KL penalty.
 
     Args:
@@ -199,17 +201,13 @@ def grpo_loss(
     return loss, {name: torch.where(mask, value.detach(), 0).sum() for name, value in sums.items()}
 
 
-def importance_weights(log_ratio: torch.Tensor, correction: str, cap: float) -> torch.Tensor | None:
+def importance_weights(log_ratio: Tensor, correction: str, cap: float) -> Tensor:
     """Truncated importance sampling: min(pi_old / pi_engine, cap) of the tokens that the engine sampled. (B, T)
 
-    Args:
-        log_ratio: log pi_old - log pi_engine, (B, T), 0 where nothing trains.
-        correction: `token` (https://fengyao.notion.site/off-policy-rl), or `sequence`: the product over a completion
-            for each of its tokens, unbiased except for the cap, with more variance (https://richardli.xyz/rl-collapse).
-            `none`: None.
+    `log_ratio`, (B, T), is 0 where nothing trains. `correction` is token (https://fengyao.notion.site/off-policy-rl) or
+    sequence, the product over a completion for each of its tokens: unbiased but for the cap, with more variance
+    (https://richardli.xyz/rl-collapse).
     """
-    if correction == "none":
-        return None
     if correction == "sequence":
         log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
     return log_ratio.exp().clamp(max=cap)
@@ -269,39 +267,32 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         learns = run.sum(has_gradient.sum()) > 0
         computed = has_gradient.nonzero().flatten().tolist() if learns else [0]
         micro_batches = common.micro_batches(run, input_ids, attention_mask, computed)
-        clip = {"clip_eps": args.clip_eps, "clip_eps_high": args.clip_eps_high, "kl_penalty": args.kl_penalty}
+        clip = {"clip_eps": args.clip_eps, "clip_eps_high": args.clip_eps_high, "loss_type": args.loss_type}
+        objective = functools.partial(grpo_loss, **clip, kl_penalty=args.kl_penalty, denominator=denominator)
         old_logprobs, ref_logprobs = torch.zeros_like(engine_logprobs), torch.zeros_like(engine_logprobs)  # (B, T)
         lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
         total_loss, grad_norm, updates = 0.0, 0.0, args.ppo_steps if learns else 1
-        for ppo_step in range(updates):
-            for mb in micro_batches:
-                inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb])
-                with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
-                    logprobs = common.token_logprobs(policy, *inputs, args.temperature)
-                    if ppo_step == 0:
-                        old_logprobs[mb] = logprobs.detach().double()
-                        if reference is not None:
-                            with torch.no_grad():
-                                ref_logprobs[mb] = common.token_logprobs(reference, *inputs, args.temperature).double()
-                    log_ratio = (old_logprobs[mb] - engine_logprobs[mb]) * loss_mask[mb]
-                    loss, sums_of_pass = grpo_loss(
-                        logprobs,
-                        old_logprobs[mb],
-                        advantages[mb[0]],
-                        loss_mask[mb],
-                        denominator=denominator,
-                        loss_type=args.loss_type,
-                        ref_logprobs=None if reference is None else ref_logprobs[mb],
-                        importance_weights=importance_weights(log_ratio, correction, args.is_cap),
-                        **clip,
-                    )
-                    common.backward(run, loss)
-                sums.update(sums_of_pass)
-                total_loss += loss.item()
-            if ppo_step == 0:
+        for ppo_step, mb in itertools.product(range(updates), micro_batches):
+            inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
+            with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
+                logprobs = common.token_logprobs(policy, *inputs)
+                if ppo_step == 0:
+                    old_logprobs[mb] = logprobs.detach().double()
+                    if reference is not None:
+                        with torch.no_grad():
+                            ref_logprobs[mb] = common.token_logprobs(reference, *inputs).double()
+                log_ratio = (old_logprobs[mb] - engine_logprobs[mb]) * loss_mask[mb]
+                options = {"ref_logprobs": ref_logprobs[mb] if reference is not None else None}
+                if correction != "none":
+                    options["importance_weights"] = importance_weights(log_ratio, correction, args.is_cap)
+                loss, sums_of_pass = objective(logprobs, old_logprobs[mb], advantages[mb[0]], loss_mask[mb], **options)
+                common.backward(run, loss)
+            sums.update(sums_of_pass)
+            total_loss += loss.item()
+            if ppo_step == 0 and mb is micro_batches[-1]:  # before anything is updated
                 gap = common.check_gap(run, old_logprobs[computed], engine_logprobs[computed], loss_mask[computed])
-            if learns:
+            if learns and mb is micro_batches[-1]:
                 grad_norm += common.optimizer_step(run, step, lr, total_loss) / updates
         step_seconds = time.perf_counter() - started
 
@@ -310,7 +301,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         metrics = gap | {name: (value, trained * updates) for name, value in sums.items()}
         metrics |= {
             "loss/total": (total_loss, updates / run.processes),  # each process has a share of it
-            "reward/mean": (rewards.sum(), rewards.numel()),
+            "reward/mean": (sum(scores), len(scores)),
             "reward/std": (rewards.std(dim=1).sum(), len(rewards)),
             "reward/zero_std_frac": ((~has_spread).sum(), len(rewards)),
             "completion/length_mean": (sampled, len(rows)),

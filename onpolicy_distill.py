@@ -1,18 +1,17 @@
 """On-policy distillation: a student learns from a teacher on the student's own samples.
 
-The student pi writes a completion of each prompt; the frozen teacher q scores the same tokens; the loss is the reverse
-KL divergence at each position, where the student really goes:
+The student pi writes a completion of each prompt; the frozen teacher q scores the same tokens; minimise
 
-    loss = 1/N * sum over completions i, positions t of  KL( pi(. | prefix_it) || q(. | prefix_it) )
+    loss = 1/Z * sum over completions i, positions t of  KL( pi(. | prefix_it) || q(. | prefix_it) )
 
-N is the number of completion tokens of the step, over all processes. `--loss` chooses the estimator:
+by one of two estimators:
 
-    full      KL_it over the whole vocabulary: sum over tokens v of pi(v) * (log pi(v) - log q(v))
-    sampled   log pi(o_it) - log q(o_it) of the sampled token, detached, as the negative advantage of a policy gradient
+    full      sum over all tokens v of pi(v) * (log pi(v) - log q(v))
+    sampled   log pi(o_it) - log q(o_it), detached, as the negative advantage of a policy gradient
 
-Both have the gradient of  sum over t of E[KL_t]  with the prefixes held fixed: a token gets no credit for the positions
-after it, and the dependence of the prefixes on pi is not differentiated. (For `full` exactly, for `sampled` in
-expectation and with N constant.) Minimising the log-ratio itself would be wrong: its expected gradient is zero.
+Z is the number of completion tokens of the step, over all processes. Both have the gradient of sum over t of E[KL_t]
+with the prefixes held fixed (`sampled` in expectation, Z constant). Minimising the log-ratio itself would be wrong: its
+expected gradient is zero.
 
 What differs from the papers (https://arxiv.org/abs/2306.13649, https://arxiv.org/abs/2306.08543):
 1. GKD with lambda 1 and the reverse KL: only the student's own samples, no fixed dataset of completions.
@@ -34,6 +33,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
 import common
 import envs
@@ -129,18 +129,18 @@ class Args:
     """None: the run folder's name"""
 
 
-# B sequences (a completion each), T tokens, N trained tokens of a chunk, V tokens of the vocabulary
+# B sequences (a completion each), T tokens, n trained tokens of a chunk, H hidden size, V tokens of the vocabulary
 def reverse_kl_loss(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, loss_mask: torch.Tensor, *, denominator: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    student_logits: Tensor, teacher_logits: Tensor, loss_mask: Tensor, *, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """KL(student || teacher) over the whole vocabulary at each trained position.
 
     Args:
         student_logits, teacher_logits: (..., V), divided by the temperature; loss_mask: (...), any leading shape. Row t
             is the distribution of token t.
-        denominator: trained tokens of the whole step, over all micro-batches and processes.
+        denominator: of the whole step, over all micro-batches and processes: trained tokens.
     Returns:
-        The loss in nats per token (this call's share of the step's), and detached sums over this call's trained tokens.
+        The loss (this call's share of the step's), and detached sums over this call's trained tokens.
     """
     mask = loss_mask.bool()
     student, teacher = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)  # (..., V)
@@ -151,40 +151,33 @@ def reverse_kl_loss(
 
 
 def sampled_kl_loss(
-    logprobs: torch.Tensor, teacher_logprobs: torch.Tensor, loss_mask: torch.Tensor, *, denominator: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logprobs: Tensor, teacher_logprobs: Tensor, loss_mask: Tensor, *, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy gradient whose advantage is, for each sampled token, log q - log pi: the negative of its log-ratio.
 
-    The ratio pi / pi_old is 1, and carries the gradient; the log-ratio is detached: differentiating it instead would
-    give E[grad log pi] = 0.
-
-    Args:
-        logprobs, teacher_logprobs, loss_mask: (B, T).
-        denominator: as in `reverse_kl_loss`.
-    Returns:
-        The loss, whose value is the KL's estimate in nats per token (this call's share), and detached sums.
+    The ratio pi / pi_old is 1, and carries the gradient; the log-ratio is detached. Tensors are of one shape, with a
+    value for each token; `denominator` and what is returned are as in `reverse_kl_loss`.
     """
-    mask = loss_mask.bool()
-    advantages = (teacher_logprobs - logprobs).detach()  # (B, T)
+    advantages = (teacher_logprobs - logprobs).detach()
     ratio = (logprobs - logprobs.detach()).exp()
-    kl = torch.where(mask, -ratio * advantages, 0).sum()
+    kl = torch.where(loss_mask.bool(), -ratio * advantages, 0).sum()
     return kl / denominator, {"loss/reverse_kl": kl.detach()}
 
 
-def full_kl_of_chunk(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    teacher_states: torch.Tensor,
-    *,
-    teacher: common.ChunkedLM,
-    temperature: float,
-    denominator: float,
-) -> tuple[torch.Tensor, ...]:
-    """`reverse_kl_loss` of a chunk, (n, V), (n,), (n, H): the loss, its sums, and log-probs of the targets, (n,)."""
-    teacher_logits = teacher.head(teacher_states, temperature)  # (n, V)
-    loss, sums = reverse_kl_loss(logits, teacher_logits, torch.ones_like(targets), denominator=denominator)
-    (logprobs,) = common.logprob_of(logits.detach(), targets, entropy=False)
-    return loss, *sums.values(), logprobs
+def loss_of_chunk(
+    logits: Tensor, targets: Tensor, teacher_states: Tensor, *, teacher: Any, args: Args, denominator: float
+) -> tuple[Tensor, ...]:
+    """Of (n, V), (n,), (n, H): the loss, sums of KL and teacher's entropy, and the student's log-probs, (n,)."""
+    teacher_logits, mask = teacher.head(teacher_states, args.temperature), torch.ones_like(targets)  # (n, V), (n,)
+    if args.loss == "full":
+        loss, sums = reverse_kl_loss(logits, teacher_logits, mask, denominator=denominator)
+        (logprobs,) = common.logprob_of(logits.detach(), targets)
+    else:
+        (logprobs,) = common.logprob_of(logits, targets)
+        teacher_logprobs, entropy = common.logprob_of(teacher_logits, targets, entropy=True)
+        loss, sums = sampled_kl_loss(logprobs, teacher_logprobs, mask, denominator=denominator)
+        sums["teacher/entropy"] = entropy.sum()
+    return loss, sums["loss/reverse_kl"], sums["teacher/entropy"], logprobs.detach()
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -229,9 +222,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
-        scores = []  # empty without rewards
-        if rewarded:
-            scores = [envs.score(train_dataset[row], text) for row, text in zip(rows, texts, strict=True)]
+        scores = [envs.score(train_dataset[row], text) for row, text in zip(rows, texts, strict=True) if rewarded]
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
@@ -242,33 +233,20 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         input_ids, attention_mask, loss_mask, engine_logprobs = common.collate(sequences, device)  # (B, T) each
         denominator = run.sum(loss_mask.sum())
         micro_batches = common.micro_batches(run, input_ids, attention_mask)
-        of_chunk = functools.partial(
-            full_kl_of_chunk, teacher=teacher, temperature=args.temperature, denominator=denominator
-        )
+        objective = functools.partial(loss_of_chunk, teacher=teacher, args=args, denominator=denominator)
         old_logprobs = torch.zeros_like(engine_logprobs)  # (B, T)
         lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
         total_loss = 0.0
         for mb in micro_batches:
-            inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb])
+            inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
             with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
-                if args.loss == "full":
-                    with torch.no_grad():
-                        teacher_states = teacher.states(*inputs)  # (N, H)
-                    loss, kl, teacher_entropy, logprobs = policy(*inputs, args.temperature, of_chunk, teacher_states)
-                    logprobs = common.at_positions(logprobs, loss_mask[mb])
-                    sums_of_pass = {"loss/reverse_kl": kl}
-                else:
-                    logprobs = common.token_logprobs(policy, *inputs, args.temperature)
-                    with torch.no_grad():
-                        scored = common.token_logprobs(teacher, *inputs, args.temperature, entropy=True)
-                    teacher_logprobs, teacher_entropy = scored
-                    loss, sums_of_pass = sampled_kl_loss(
-                        logprobs, teacher_logprobs, loss_mask[mb], denominator=denominator
-                    )
+                with torch.no_grad():
+                    teacher_states = teacher.states(*inputs[:3])  # (N, H)
+                loss, kl, teacher_entropy, logprobs = policy(*inputs, objective, teacher_states)
                 common.backward(run, loss)
-            old_logprobs[mb] = logprobs.detach().double()
-            sums.update(sums_of_pass | {"teacher/entropy": teacher_entropy.sum()})
+            old_logprobs[mb] = common.at_positions(logprobs, loss_mask[mb]).double()
+            sums.update({"loss/reverse_kl": kl, "teacher/entropy": teacher_entropy})
             total_loss += loss.item()
         gap = common.check_gap(run, old_logprobs, engine_logprobs, loss_mask)
         grad_norm = common.optimizer_step(run, step, lr, total_loss)
@@ -277,8 +255,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         # 5. log: a pair is a sum and a count of this process
         sampled = sum(len(c.token_ids) for c in completions)
         metrics = gap | {name: (value, sampled) for name, value in sums.items()}
-        metrics |= {"reward/mean": (sum(scores), len(scores))} if rewarded else {}
         metrics |= {
+            "reward/mean": (sum(scores), len(scores)),
             "completion/length_mean": (sampled, len(rows)),
             "completion/truncated_frac": (truncated.sum(), len(rows)),
             "policy/entropy": (-engine_logprobs.sum(), sampled),
