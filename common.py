@@ -135,8 +135,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 
 
 # ---- Models and tokenizers -------------------------------------------------------------------------------------------
-# `load_policy` gives a script what trains, in float32, and `load_frozen` a reference or teacher, in --dtype: both are a
-# `ChunkedLM` (below) around what `load_model` loads.
+# `load_policy` gives a script what trains, in float32, `load_frozen` a reference or teacher, in --dtype.
 
 
 @contextmanager
@@ -212,13 +211,13 @@ def load_model(
     config, path = load_config(name), BUNDLED.get(name, name)
     source_dtype = config.dtype or torch.float32
     options = {"config": config, "dtype": dtype, "attn_implementation": "eager" if attn == "eager" else "sdpa"}
+    options |= {} if from_scratch else {"use_safetensors": True}
+    auto: Any = AutoModelForCausalLM
     with loading(f"the model {name}"):
-        if from_scratch:
-            model: Any = AutoModelForCausalLM.from_config(**options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, **options)
-    model.source_dtype, model.source_generation_config = source_dtype, load_generation_config(name, config)
-    model = model.to(device).eval()
+        model = auto.from_config(**options) if from_scratch else auto.from_pretrained(path, **options)
+    model.source_dtype = source_dtype
+    model.source_generation_config = load_generation_config(name, config)
+    model.to(device).eval()
     with torch.no_grad():
         ids = torch.tensor([[0, 1]], device=device)
         logits = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
@@ -234,8 +233,7 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
     count = run.model.num_parameters()
     if run.device.type == "cuda":
         needed = count * (12 if run.processes == 1 else 16)  # gradients, two moments, the buckets of many processes
-        free = torch.cuda.mem_get_info(run.device)[0]
-        if needed > free:
+        if needed > (free := torch.cuda.mem_get_info(run.device)[0]):
             raise UserError(f"{run.source} needs {needed / 1e9:.1f} GB more to train, {free / 1e9:.1f} GB are free")
     if run.args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -399,15 +397,15 @@ def check_tokenizer(tokenizer: Any, model: str) -> list[str]:
     if bos and prompt.startswith(bos + bos):
         raise UserError(f"{model}: the chat template writes {bos} twice: pass a --chat-template that writes it once")
     begins = f"BOS {bos}" if bos and prompt.startswith(bos) else "no BOS"
-    stops = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids))
-    lines = [f"tokens     {begins}, stop {stops}, context {context_length(config):,}"]
+    stops, warnings = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids)), []
     if begins == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        lines.append(f"warning    the chat template writes no {bos}, with which the tokenizer begins any other text")
+        warnings.append(f"the chat template writes no {bos}, with which the tokenizer begins any other text")
     if not end_of_turn:
-        lines.append("warning    the chat template ends no turn with a special token: turns train without a stop token")
+        warnings.append("the chat template ends no turn with a special token: turns train without a stop token")
     if prompt != text[:start]:
-        lines.append(f"warning    generation begins after {prompt[-30:]!r}, trained turns after {text[:start][-30:]!r}")
-    return lines
+        warnings.append(f"generation begins after {prompt[-30:]!r}, trained turns after {text[:start][-30:]!r}")
+    tokens = f"tokens     {begins}, stop {stops}, context {context_length(config):,}"
+    return [tokens, *(f"warning    {words}" for words in warnings)]
 
 
 # ---- Log-probs -------------------------------------------------------------------------------------------------------
@@ -439,12 +437,12 @@ def loop_of_sdpa(
         if shared or window >= 0:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=q.device).tril(shared)
             mask = mask.triu(shared - window) if window >= 0 else mask
-        options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
+        options: Any = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
         outputs.append(scaled_dot_product_attention(query, key, value, **options)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def pick_kernel(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Tensor], str]:
+def pick_kernel(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], str]:
     """The first of three ways to compute it that can run, and its name: flash-attn, PyTorch's own kernel, the loop."""
     fast = device.type == "cuda" and dtype == torch.bfloat16
     has_flash = fast and importlib.util.find_spec("flash_attn") is not None
@@ -727,8 +725,7 @@ def check_gap(run: "Run", logprobs: Tensor, engine_logprobs: Tensor, sampled: Te
 
 
 # ---- Generation ------------------------------------------------------------------------------------------------------
-# Two engines with the same methods: token ids in, completions out, a seed for each. `HFEngine` decodes with the
-# trainer's own weights, `VLLMEngine` holds a copy of them.
+# Token ids in, completions out, a seed for each. `HFEngine` has the trainer's own weights, `VLLMEngine` a copy.
 
 
 @dataclass
@@ -876,8 +873,6 @@ class VLLMEngine:
             self.llm.wake_up()
         weights = list(model.state_dict().items())
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if not torch.cuda.is_available():
-            self.llm.apply_model(repack_head)
         self.llm.reset_prefix_cache()
 
     def generate(
@@ -887,24 +882,15 @@ class VLLMEngine:
         longest = max(map(len, prompts), default=0) + max_new_tokens
         if longest > self.context_length:
             raise UserError(f"prompt and completion take {longest} tokens, vLLM has room for {self.context_length}")
-        options = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
-        options |= {"stop_token_ids": self.stop_ids, "ignore_eos": True}  # ours, and none of its own
-        options |= {"logit_bias": self.never, "logprobs": 0}  # no alternatives: the drawn token's own
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
+        options |= {"stop_token_ids": self.stop_ids, "ignore_eos": True, "logit_bias": self.never, "logprobs": 0}
         sampling = [self.vllm.SamplingParams(seed=seed, **options) for seed in seeds]
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = [request.outputs[0] for request in self.llm.generate(requests, sampling, use_tqdm=False)]
         if self.sleeps:
             self.llm.sleep(level=1)  # the weights wait in the CPU's memory, the GPU is the trainer's
-        if failed := {output.finish_reason for output in outputs} - {"stop", "length"}:
-            raise RuntimeError(f"vLLM ended completions with {failed}")
         logprobs = [[at[token].logprob for token, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
         return [Completion(list(o.token_ids), p, o.finish_reason) for o, p in zip(outputs, logprobs, strict=True)]
-
-
-def repack_head(engine_model: Any) -> None:
-    """On some CPUs vLLM multiplies by a packed copy of the head; reloading a tied head leaves that copy stale."""
-    repack = importlib.import_module("vllm.model_executor.layers.utils").dispatch_cpu_unquantized_gemm
-    repack(engine_model.lm_head, remove_weight=False)
 
 
 def make_engine(run: "Run") -> Any:
@@ -958,8 +944,8 @@ class Evaluator:
 
 
 # ---- The run's folder and its log ------------------------------------------------------------------------------------
-# `Run` is a script's start-up: flags checked, processes joined, data loaded, the folder opened, the step to go on from
-# known, and all that was chosen said and recorded. Later it is the log, and says when to save.
+# `Run` is a script's start-up: flags, processes, data, folder, the step to go on from; what is chosen is said and
+# recorded. Later it is the log, and says when to save.
 
 SHOWN = {  # metric -> its name in the line of a step
     **{"reward/mean": "reward", "loss/total": "loss", "loss/reverse_kl": "reverse-kl", "loss/kl": "kl"},
@@ -1124,8 +1110,8 @@ class Run:
             self.say("  ".join([now, *shown, f"{minutes:.0f} min left"]))
         if held_out := [f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]:
             self.say(f"{now}  held out: {', '.join(held_out)}", "bold green")
-            for record in records[:3]:
-                self.say(f"           {shorten(record['completion'], 100)}", "dim")
+        if records and (step == 1 or held_out):
+            self.say(f"           {shorten(records[0]['completion'])}")
         for name, (limit, words) in WARNINGS.items():
             if metrics.get(name, 0) > limit and step >= self.warned.get(name, 0):
                 self.say(f"warning    {words}")
