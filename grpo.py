@@ -258,7 +258,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         input_ids, attention_mask, loss_mask, engine_logprobs = common.collate(sequences, device)  # (B, T) each
         if args.mask_truncated:
             loss_mask = loss_mask * ~truncated[:, None]
-        total_size, tokens = len(rows) * run.processes, run.sum(loss_mask.sum())
+        total_size = len(rows) * run.processes
+        tokens = max(run.sum(loss_mask.sum()), 1)  # none where all are cut and --mask-truncated is on
         denominator = {"dapo": tokens, "grpo": total_size, "dr_grpo": total_size * args.max_new_tokens}[args.loss_type]
         # What has no gradient is not computed; where nothing has, one completion is, for the gap to the engine.
         has_gradient = loss_mask.any(dim=1)  # (B,)
@@ -269,13 +270,15 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         micro_batches = common.micro_batches(run, input_ids, attention_mask, computed)
         clip = {"clip_eps": args.clip_eps, "clip_eps_high": args.clip_eps_high, "loss_type": args.loss_type}
         objective = functools.partial(grpo_loss, **clip, kl_penalty=args.kl_penalty, denominator=denominator)
-        old_logprobs, ref_logprobs = torch.zeros_like(engine_logprobs), torch.zeros_like(engine_logprobs)  # (B, T)
+        # (B, T) each, in float64: exact, whatever dtype a model computes in
+        old_logprobs, ref_logprobs = torch.zeros_like(engine_logprobs), torch.zeros_like(engine_logprobs)
         lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
         total_loss, grad_norm, updates = 0.0, 0.0, args.ppo_steps if learns else 1
         for ppo_step, mb in itertools.product(range(updates), micro_batches):
             inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
-            with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
+            last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
+            with nullcontext() if last else accelerator.no_sync(policy):
                 logprobs = common.token_logprobs(policy, *inputs)
                 if ppo_step == 0:
                     old_logprobs[mb] = logprobs.detach().double()
@@ -290,9 +293,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
                 common.backward(run, loss)
             sums.update(sums_of_pass)
             total_loss += loss.item()
-            if ppo_step == 0 and mb is micro_batches[-1]:  # before anything is updated
+            if ppo_step == 0 and last:  # before anything is updated
                 gap = common.check_gap(run, old_logprobs[computed], engine_logprobs[computed], loss_mask[computed])
-            if learns and mb is micro_batches[-1]:
+            if learns and last:
                 grad_norm += common.optimizer_step(run, step, lr, total_loss) / updates
         step_seconds = time.perf_counter() - started
 
@@ -326,6 +329,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= evaluator.evaluate()[0]
         run.log(step, metrics, records)
         run.save(step)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -240,7 +240,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         total_loss = 0.0
         for mb in micro_batches:
             inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
-            with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
+            last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
+            with nullcontext() if last else accelerator.no_sync(policy):
                 with torch.no_grad():
                     teacher_states = teacher.states(*inputs[:3])  # (N, H)
                 loss, kl, teacher_entropy, logprobs = policy(*inputs, objective, teacher_states)
@@ -278,6 +279,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= evaluator.evaluate()[0]
         run.log(step, metrics, records)
         run.save(step)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -241,7 +241,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
         for mb in micro_batches:
-            with nullcontext() if mb is micro_batches[-1] else accelerator.no_sync(policy):
+            last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
+            with nullcontext() if last else accelerator.no_sync(policy):
                 logprobs = common.token_logprobs(policy, input_ids[mb], attention_mask[mb], loss_mask[mb])
                 loss, sums_of_pass = sft_loss(logprobs, loss_mask[mb], tokens)
                 common.backward(run, loss)
@@ -264,6 +265,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= evaluate()
         run.log(step, metrics)
         run.save(step)
+    run.finish()
 
 
 if __name__ == "__main__":
