@@ -1195,7 +1195,7 @@ def publish(target: Path, write: Callable[[Path], None], step: int) -> None:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint whose files have the sizes of its manifest; -1 where there is none, or it is not whole."""
+    """The step of a checkpoint whose files have the sizes of its manifest; -1 where none is, or not a whole one."""
     try:
         manifest = json.loads((path / "state.json").read_text())
         whole = all((path / name).stat().st_size == size for name, size in manifest["files"].items())

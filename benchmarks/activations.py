@@ -2,7 +2,7 @@
 
     python benchmarks/activations.py
 
-In bfloat16 autocast, attention `sdpa`, packed batches. Two numbers a model, without and with gradient checkpointing:
+In bfloat16 autocast, packed batches, the loop of SDPA. Two numbers a model, without and with gradient checkpointing:
 bytes for each token, and bytes for the bfloat16 copies of the weights. Each layer is alike, so models of one and two
 layers at two lengths give both: the growth with the length is the tokens', the rest the copies'.
 """
@@ -27,11 +27,10 @@ def kept_bytes(shape: dict[str, int], layers: int, tokens: int, checkpointing: b
     """Storage that autograd keeps of one forward pass, the parameters themselves left out."""
     config = Qwen2Config(**shape, num_hidden_layers=layers, num_key_value_heads=2, vocab_size=1000)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    model.batches = "packed"
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    policy, kept = common.ChunkedLM(model, torch.bfloat16), {}
+    policy, kept = common.ChunkedLM(model, torch.bfloat16, attn="sdpa"), {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,7 +41,7 @@ def kept_bytes(shape: dict[str, int], layers: int, tokens: int, checkpointing: b
 
     ids = torch.randint(1000, (1, tokens))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        common.token_logprobs(policy, ids, torch.ones_like(ids), torch.ones_like(ids), entropy=False)
+        common.token_logprobs(policy, ids, torch.ones_like(ids), torch.ones_like(ids))
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -1,8 +1,9 @@
-"""RLFusion and TRL at the same work, alternating: seconds a step, tokens a second, peak memory, and the floor.
+"""RLFusion, TRL and another revision at the same work, in turn: seconds a step, tokens a second, memory, the floor.
 
     pip install trl  # for this benchmark only; or in another environment: --trl-python PATH
     python benchmarks/bench.py --model SmolLM2-135M-Instruct --output bench
     python benchmarks/bench.py --model SmolLM2-135M-Instruct --output bench-quick --quick
+    git worktree add ../old v0.1.0 && python benchmarks/bench.py --model tiny --output bench-old --old ../old --rivals
 
 The work, in float32 on a CPU and under bf16 autocast on a GPU, TRL's gradient checkpointing off but for `tuned`'s try:
 
@@ -14,9 +15,10 @@ The work, in float32 on a CPU and under bf16 autocast on a GPU, TRL's gradient c
               ends (TRL: of its command line, `trl grpo`)
 
 Every measurement is a process of its own, which takes --steps steps: the last one counts (of `natural`, whose steps
-differ, the mean), and the peak of the whole process. Ours runs with default flags. TRL runs with its defaults
-(`default`: the batch at once) and as fast as we could make it (`tuned`: before the rounds, each of TUNED runs once; the
-fastest competes). Ratios are ours to theirs within a round.
+differ, the mean), and the peak of the whole process. Ours runs with default flags, and so does `old`, the checkout that
+--old names, with --old-python. TRL runs with its defaults (`default`: the batch at once) and as fast as we could make
+it (`tuned`: before the rounds, each of TUNED runs once; the fastest competes). Ratios are ours to theirs within a
+round.
 """
 
 import json
@@ -27,6 +29,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -67,17 +70,24 @@ FIRST_REWARD = """def reward(completions, **_):
 @dataclass
 class Args:
     model: str
-    """folder of the model"""
+    """folder of the model, or a bundled one: tiny, tiny-teacher"""
     output: str
     """folder for raw.json and what the processes wrote; must be new"""
     teacher: str | None = None
-    """default: the model itself"""
+    """of `distill`; None: the model itself"""
     tasks: tuple[str, ...] = ("sft", "grpo", "natural", "distill", "startup")
     rivals: tuple[str, ...] = ("default", "tuned")
+    """of TRL; none: only --old is"""
+    old: str | None = None
+    """a checkout of another revision, whose scripts run in turn as the rival `old`"""
+    old_python: str = sys.executable
+    old_own_products: bool = False
+    """`old` leaves products to PyTorch, where that revision would have oneDNN compute them"""
     rounds: int = 3
     steps: int = 2
     """of each process; the optimizer's moments exist from the end of the first one on"""
     trl_python: str = sys.executable
+    """of an environment with TRL"""
     quick: bool = False
     """one round of sft and grpo against tuned TRL, and startup: about 10 minutes on two cores"""
 
@@ -113,25 +123,29 @@ def run(command: list[str], log: Path, **variables: str) -> list[tuple[float, st
             lines.append((time.time() - started, line))
     log.write_text("".join(line for _, line in lines))
     if process.returncode:
-        raise common.UserError(f"{' '.join(command)} failed, see {log}: {lines[-1][1].strip() if lines else ''}")
+        raise envs.UserError(f"{' '.join(command)} failed, see {log}: {lines[-1][1].strip() if lines else ''}")
     return [(time.time() - started, ""), *lines]
 
 
-def ours(task: str, args: Args, folder: Path, name: str) -> dict[str, float]:
-    flags = ["--model", args.model, "--num-steps", args.steps, "--eval-steps", 0, "--learning-rate", 1e-6]
+def ours(task: str, args: Args, folder: Path, name: str, old: bool = False) -> dict[str, float]:
+    """A run of our script, or with `old` of that revision's."""
+    flags: list[Any] = ["--model", args.model, "--num-steps", args.steps, "--eval-steps", 0, "--learning-rate", 1e-6]
     flags += ["--output-dir", folder / name, "--logging-steps", 1, "--saving-steps", 1000]
-    forced, data = [HERE / "forced_length.py"], folder / f"{task}.jsonl"
+    data, forced = folder / f"{task}.jsonl", task in ("grpo", "distill")
     if task == "sft":
-        script: list[Any] = [HERE.parent / "sft.py", "--dataset", data, "--batch-size", 16]
+        script: list[Any] = ["sft", "--dataset", data, "--batch-size", 16]
     elif task == "natural":
-        script = [HERE.parent / "grpo.py", "--dataset", data, "--batch-size", 4]
+        script = ["grpo", "--dataset", data, "--batch-size", 4]
     elif task == "grpo":
-        script = [*forced, "grpo", "--dataset", f"{folder / 'alternating.py'}:dataset", "--batch-size", 4]
+        script = ["grpo", "--dataset", f"{folder / 'alternating.py'}:dataset", "--batch-size", 4]
     else:
-        script = [*forced, "onpolicy_distill", "--dataset", data, "--batch-size", 16]
+        script = ["onpolicy_distill", "--dataset", data, "--batch-size", 16]
         script += ["--teacher-model", args.teacher or args.model]
-    script += ["--max-new-tokens", FORCED] * (task in ("grpo", "distill"))
-    run([sys.executable, *map(str, script + flags)], folder / f"{name}.log")
+    script += ["--max-new-tokens", FORCED] * forced
+    variables = {"BENCH_ROOT": str(Path(args.old).resolve()) if old and args.old else ""}
+    variables |= {"BENCH_NATURAL": "" if forced else "1", "BENCH_OWN_PRODUCTS": "1" * (old and args.old_own_products)}
+    command = [args.old_python if old else sys.executable, HERE / "forced_length.py", *script, *flags]
+    run([*map(str, command)], folder / f"{name}.log", **variables)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     kept = {"time/rollout": 0.0} | {k: v for k, v in lines[-1].items() if k.startswith(KEPT)}
     return mean_of_steps(lines, kept) if task == "natural" else kept
@@ -156,28 +170,24 @@ def theirs(task: str, args: Args, folder: Path, name: str, setting: tuple[int, i
 
 
 def machine() -> dict[str, float]:
-    """FLOP/s of a 2048-cubed product in the computing dtype, PyTorch's own and the fastest that is known here; and
-    bytes a second of reading 256 MB."""
+    """FLOP/s of a 2048-cubed product in the computing dtype, and bytes a second of reading 256 MB."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = common.pick_compute("auto", "auto", device)[0]
+    dtype = common.pick_compute(SimpleNamespace(dtype="auto", micro_batch_tokens=None), device)[0]
     a, b = torch.randn(2, 2048, 2048, device=device, dtype=dtype)
-    x, out = torch.randn(2**26, device=device), torch.empty_like(a)
-    if device.type == "cpu":
-        common.tune_cpu()  # replaces `a @ b`, not the one with `out`
+    x = torch.randn(2**26, device=device)
 
     def seconds(function: Any, repeats: int) -> float:
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            function()
+        for count in (1, repeats):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(count):
+                function()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / repeats
 
-    own, tuned = seconds(lambda: torch.mm(a, b, out=out), 20), seconds(lambda: a @ b, 20)
-    return {"plain": 2 * 2048**3 / own, "flops": 2 * 2048**3 / min(own, tuned), "bytes": 2**28 / seconds(x.sum, 10)}
+    return {"flops": 2 * 2048**3 / seconds(lambda: a @ b, 20), "bytes": 2**28 / seconds(x.sum, 10)}
 
 
 def needed(task: str, args: Args, sizes: dict[str, list], speed: dict[str, float]) -> dict[str, float]:
@@ -217,24 +227,36 @@ def spread(values: list[float], form: str = "{:.2f}") -> str:
     return " ".join(form.format(v) for v in (statistics.median(values), min(values), max(values)))
 
 
-def startup(args: Args, folder: Path, n: int) -> dict[str, float]:
-    """Seconds from launch: of --help, and until the first step of GRPO on `tiny` begins, ours and TRL's."""
-    scripts = {name: str(HERE.parent / f"{name}.py") for name in ("sft", "grpo", "onpolicy_distill", "evaluate")}
-    result = {}
-    for name, script in scripts.items():
-        result[f"{name} --help"] = run([sys.executable, script, "--help"], folder / "help.log")[0][0]
+def first_step(args: Args, folder: Path, name: str, old: bool = False) -> dict[str, float]:
+    """Seconds from the launch of grpo.py on `tiny` until its first step begins, and until its first rollout ends."""
+    python, root = (args.old_python, Path(args.old)) if old and args.old else (sys.executable, HERE.parent)
     flags = ["--num-steps", "1", "--eval-steps", "0", "--batch-size", "4", "--max-new-tokens", "32"]
-    name = f"startup-{n}"
-    lines = run([sys.executable, scripts["grpo"], *flags, "--output-dir", str(folder / name)], folder / f"{name}.log")
+    flags += ["--output-dir", str(folder / name)]
+    launched = time.time()
+    run([python, str(root.resolve() / "grpo.py"), *flags], folder / f"{name}.log")
+    logged = (folder / name / "metrics.jsonl").stat().st_mtime - launched  # its one line, at the end of the step
     metrics = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[0])
-    at = next(seconds for seconds, line in lines[1:] if line.startswith("step 1/"))
-    result["ours: first step begins"] = at - metrics["time/step"]
+    return {"first step begins": logged - metrics["time/step"], "first rollout ends": logged - metrics["time/train"]}
+
+
+def startup(args: Args, folder: Path, n: int) -> dict[str, float]:
+    """Seconds from launch: of --help, and until the first step of GRPO on `tiny` begins, ours and the rivals'."""
+    result, name = {}, f"startup-{n}"
+    for script in ("sft", "grpo", "onpolicy_distill", "evaluate"):
+        command = [sys.executable, str(HERE.parent / f"{script}.py"), "--help"]
+        result[f"{script} --help"] = run(command, folder / "help.log")[0][0]
+    result |= {f"ours: {words}": seconds for words, seconds in first_step(args, folder, name).items()}
+    if args.old:
+        old = first_step(args, folder, f"{name}-old", old=True)
+        result |= {f"old: {words}": seconds for words, seconds in old.items()}
+    if not args.rivals:
+        return result
     config = {"task": "grpo", "model": common.BUNDLED["tiny"], "data": str(folder / "grpo.jsonl"), "steps": 1}
     config |= {"per_device_train_batch_size": 32, "forced": 32}
     launched = time.time()
     printed = run([args.trl_python, str(HERE / "trl_step.py"), json.dumps(config)], folder / f"{name}-trl.log")
     begun = next(json.loads(line) for _, line in printed if line.startswith('{"step"'))["begun_at"]
-    result |= {"trl: first step begins": begun - launched, "ours: first rollout ends": at - metrics["time/train"]}
+    result["trl: first step begins"] = begun - launched
     (folder / "prompts").mkdir(exist_ok=True)
     (folder / "prompts" / "train.jsonl").write_text((folder / "grpo.jsonl").read_text())
     (folder / "first_reward.py").write_text(FIRST_REWARD)
@@ -247,12 +269,43 @@ def startup(args: Args, folder: Path, n: int) -> dict[str, float]:
     return result | {"trl grpo: first rollout ends": next(t for t, line in lines if "rewarding" in line)}
 
 
+def try_settings(task: str, args: Args, folder: Path, raw: dict[str, Any]) -> tuple[int, int, dict]:
+    """The fastest of TRL's settings for the task, each tried once."""
+    tried = []
+    for n, setting in enumerate(TUNED[task][: 1 if args.quick else None]):
+        result = theirs(task, args, folder, f"{task}-try{n}", setting)
+        tried.append((result["time/step"], setting))
+        raw["tried"].append({"task": task, "setting": setting, **result})
+        words = f"{result['time/step']:.1f} s, {result['perf/peak_memory_gb']:.1f} GB"
+        print(f"{task:9} trying {setting}: {words}", flush=True)
+    return min(tried, key=lambda pair: pair[0])[1]
+
+
+def one_round(task: str, args: Args, folder: Path, n: int, settings: dict, sizes: dict[str, list]) -> dict[str, dict]:
+    """Everybody in turn, each printed as a line."""
+    results: dict[str, dict[str, float]] = {"machine": machine()}
+    for who in ("ours", *["old"] * (args.old is not None), *settings):
+        name = f"{task}-{n}-{who}"
+        if who in settings:
+            r = theirs(task, args, folder, name, settings[who])
+        else:
+            r = ours(task, args, folder, name, old=who == "old")
+        length = r.get("completion/length_mean", r.get("length", FORCED))
+        completions = 16 if task == "distill" else 32
+        tokens = sum(count for count, _ in sizes["sft"]) if task == "sft" else completions * length
+        results[who] = r | {"perf/tokens_per_second": tokens / r["time/step"]}
+        parts = f"{r['time/step']:6.1f} s = rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"
+        more = f"{tokens / r['time/step']:.0f} tokens/s, {r['perf/peak_memory_gb']:.1f} GB"
+        print(f"{task:9} round {n} {who:8} {parts}, {more}", flush=True)
+    return results
+
+
 def main(args: Args) -> None:
     folder = Path(args.output).resolve()
     if folder.exists():
-        raise common.UserError(f"--output {folder} exists: choose another")
+        raise envs.UserError(f"--output {folder} exists: choose another")
     folder.mkdir(parents=True)
-    args.model = str(Path(args.model).resolve())
+    args.model = str(Path(common.BUNDLED.get(args.model, args.model)).resolve())
     if args.quick:
         args.tasks, args.rivals, args.rounds = ("sft", "grpo", "startup"), ("tuned",), 1
     sizes = write_data(args.model, folder)
@@ -262,51 +315,29 @@ def main(args: Args) -> None:
         if task == "startup":
             raw["startup"] = [startup(args, folder, n) for n in range(args.rounds)]
             for name in raw["startup"][0]:
-                print(f"startup   {name:26} {spread([r[name] for r in raw['startup']])} s", flush=True)
+                print(f"startup   {name:28} {spread([r[name] for r in raw['startup']])} s", flush=True)
             continue
-        settings = {"default": DEFAULT[task]}
-        if "tuned" in args.rivals:
-            tried = []
-            for n, setting in enumerate(TUNED[task][: 1 if args.quick else None]):
-                result = theirs(task, args, folder, f"{task}-try{n}", setting)
-                tried.append((result["time/step"], setting))
-                raw["tried"].append({"task": task, "setting": setting, **result})
-                words = f"{result['time/step']:.1f} s, {result['perf/peak_memory_gb']:.1f} GB"
-                print(f"{task:9} trying {setting}: {words}", flush=True)
-            settings["tuned"] = min(tried, key=lambda pair: pair[0])[1]
+        settings = {rival: DEFAULT[task] for rival in args.rivals}
+        if "tuned" in settings:
+            settings["tuned"] = try_settings(task, args, folder, raw)
         rounds = []
         for n in range(args.rounds):
-            results: dict[str, dict[str, float]] = {"machine": machine()}
-            results["ours"] = ours(task, args, folder, f"{task}-{n}-ours")
-            for rival in args.rivals:
-                results[rival] = theirs(task, args, folder, f"{task}-{n}-{rival}", settings[rival])
-            for who in ("ours", *args.rivals):
-                r = results[who]
-                length = r.get("completion/length_mean", r.get("length", FORCED))
-                completions = 16 if task == "distill" else 32
-                tokens = sum(count for count, _ in sizes["sft"]) if task == "sft" else completions * length
-                r["perf/tokens_per_second"] = tokens / r["time/step"]
-                parts = f"rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"
-                more = f"{r['perf/tokens_per_second']:.0f} tokens/s, {r['perf/peak_memory_gb']:.1f} GB"
-                print(f"{task:9} round {n} {who:8} {r['time/step']:6.1f} s = {parts}, {more}")
-            rounds.append(results)
-            raw["rounds"].append({"task": task, "round": n, **results})
+            rounds.append(one_round(task, args, folder, n, settings, sizes))
+            raw["rounds"].append({"task": task, "round": n, **rounds[-1]})
             (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")
-        for rival in args.rivals:
+        for rival in rounds[0].keys() - {"machine", "ours"}:
             for name, key in RATIOS.items():
                 ratios = [r["ours"][key] / r[rival][key] for r in rounds if r[rival][key]]
                 if ratios:
-                    print(f"{task:9} {name} to {rival} TRL: {spread(ratios)}  (median, min, max)", flush=True)
+                    print(f"{task:9} {name} to {rival}: {spread(ratios)}  (median, min, max)", flush=True)
         if task != "natural":
             speed = {key: statistics.median([r["machine"][key] for r in rounds]) for key in rounds[0]["machine"]}
-            floor, plain = (needed(task, args, sizes, speed | {"flops": speed[rate]}) for rate in ("flops", "plain"))
-            rates = f"{speed['flops'] / 1e9:.0f} GFLOP/s (PyTorch's own product {speed['plain'] / 1e9:.0f})"
-            print(f"{task:9} machine: {rates}, {speed['bytes'] / 1e9:.0f} GB/s")
+            floor = needed(task, args, sizes, speed)
+            print(f"{task:9} machine: {speed['flops'] / 1e9:.0f} GFLOP/s, {speed['bytes'] / 1e9:.0f} GB/s")
             for name, seconds in floor.items():
                 took = statistics.median([r["ours"][f"time/{name.split(',')[0]}"] for r in rounds])
                 if seconds:
-                    share = f"{seconds / took:.0%} of ours, at PyTorch's own product {plain[name] / took:.0%}"
-                    print(f"{task:9} floor of {name}: {seconds:.1f} s, {share}", flush=True)
+                    print(f"{task:9} floor of {name}: {seconds:.1f} s, {seconds / took:.0%} of ours", flush=True)
             raw[f"floor of {task}"] = floor | speed
     (folder / "raw.json").write_text(json.dumps(raw, indent=2) + "\n")
 

@@ -15,12 +15,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
-from accelerate import Accelerator
 
 import common
 import onpolicy_distill
@@ -36,19 +37,21 @@ class Args:
     repeats: int = 20
     """gradients, each of fresh completions"""
     max_new_tokens: int = 32
-    micro_batch_tokens: int = common.MICRO_BATCH_TOKENS
+    micro_batch_tokens: int = 512
 
 
 def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
     """One row of the table, in a process of its own."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    device, tokenizer = accelerator.device, common.load_tokenizer(args.model)
+    device, tokenizer = common.join_processes().device, common.load_tokenizer(args.model)
     size = common.vocab_size(tokenizer)
-    model = common.load_model(args.model, device, "sdpa")
-    policy = common.ChunkedLM(model, vocab_size=size)
-    teacher = common.ChunkedLM(common.load_model(args.teacher_model, device, "sdpa"), vocab_size=size)
+    policy, teacher = (
+        common.ChunkedLM(common.load_model(name, device), vocab_size=size, attn="auto")
+        for name in (args.model, args.teacher_model)
+    )
     teacher.requires_grad_(False)
-    engine = common.HFEngine(model, tokenizer, args.micro_batch_tokens)
+    engine = common.HFEngine(policy, tokenizer, args.micro_batch_tokens)
+    run: Any = SimpleNamespace(lm=policy, micro_batch_tokens=args.micro_batch_tokens)
+    loss_args: Any = SimpleNamespace(loss=estimator, temperature=1.0)
     dataset = MathDataset(args.prompts)
     prompts = [common.encode_prompt(tokenizer, dataset[i].prompt) for i in range(args.prompts) for _ in range(samples)]
 
@@ -59,23 +62,16 @@ def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
         drawn.append(engine.generate(prompts, seeds, max_new_tokens=args.max_new_tokens, temperature=1.0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for completions in drawn:
-        pairs = zip(prompts, completions, strict=True)
-        sequences = [(p + c.token_ids, [0] * len(p) + [1] * len(c.token_ids)) for p, c in pairs]
-        tokens = float(sum(len(c.token_ids) for c in completions))
+        sequences = [c.after(prompt) for c, prompt in zip(completions, prompts, strict=True)]
+        ids, mask, loss_mask, _ = common.collate(sequences, device)
+        options = {"teacher": teacher, "args": loss_args, "denominator": float(loss_mask.sum())}
+        objective = functools.partial(onpolicy_distill.loss_of_chunk, **options)
         started = time.perf_counter()
-        for batch in common.micro_batches(accelerator, policy, sequences, args.micro_batch_tokens):
-            inputs = batch.inputs
+        for mb in common.micro_batches(run, ids, mask):
+            inputs = (ids[mb], mask[mb], loss_mask[mb])
             with torch.no_grad():
-                states = teacher.states(*inputs) if estimator == "full" else None
-                scores = None if estimator == "full" else common.token_logprobs(teacher, *inputs)[0]
-            if estimator == "full":
-                options = {"teacher": teacher, "temperature": 1.0, "denominator": tokens}
-                chunk_fn = functools.partial(onpolicy_distill.full_kl_of_chunk, **options)
-                loss = policy(*inputs, chunk_fn, states)[0]
-            else:
-                logprobs, _ = common.token_logprobs(policy, *inputs)
-                loss, _ = onpolicy_distill.sampled_kl_loss(logprobs, scores, batch.loss_mask, denominator=tokens)
-            loss.backward()
+                states = teacher.states(*inputs)
+            policy(*inputs, 1.0, objective, states)[0].backward()
         seconds += time.perf_counter() - started
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
         policy.zero_grad(set_to_none=True)

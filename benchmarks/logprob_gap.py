@@ -10,13 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
-from accelerate import Accelerator
 
 import common
 import envs
@@ -35,25 +34,29 @@ class Args:
 
 
 def main(args: Args) -> None:
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.device.type == "cpu":
-        common.tune_cpu()
-    dtype, attn, compute_line = common.pick_compute(args.dtype, "auto", accelerator.device)
-    tokenizer = common.load_tokenizer(args.model)
-    model = common.load_model(args.model, accelerator.device, attn)
-    policy = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer))
+    device = common.join_processes().device
+    dtype, tokens = common.pick_compute(SimpleNamespace(dtype=args.dtype, micro_batch_tokens=None), device)
+    tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, device)
+    policy = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), "auto")
+    run: Any = SimpleNamespace(lm=policy, micro_batch_tokens=tokens, sum=float)
+    run.args = SimpleNamespace(max_logprob_gap=math.inf)
     engine = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, trains=True)
     dataset = envs.load_dataset("math", "eval", num_samples=args.prompts)
     prompts = [common.encode_prompt(tokenizer, dataset[i].prompt) for i in range(args.prompts)]
     seeds = [common.completion_seed(1, 1, i) for i in range(args.prompts)]
-    print(f"{args.model}, {engine.name}: {compute_line}")
+    print(f"{args.model}, {engine.name}, {dtype} on {device.type}")
     for words, temperatures in (("random weights", [1.0]), ("", [1.0, 0.9, 0.8, 0.7, 0.5])):
         if not words:
             engine.sync(model)
         completions = engine.generate(prompts, seeds, max_new_tokens=args.max_new_tokens, temperature=1.0)
+        sequences = [c.after(prompt) for c, prompt in zip(completions, prompts, strict=True)]
+        ids, mask, sampled, engine_logprobs = common.collate(sequences, device)
         for temperature in temperatures:
-            flags = SimpleNamespace(temperature=temperature, micro_batch_tokens=4096, max_logprob_gap=math.inf)
-            gap = common.check_engine(accelerator, policy, flags, prompts, completions)
+            logprobs = torch.zeros_like(engine_logprobs)
+            with torch.no_grad():
+                for mb in common.micro_batches(run, ids, mask):
+                    logprobs[mb] = common.token_logprobs(policy, ids[mb], mask[mb], sampled[mb], temperature).double()
+            gap = common.check_gap(run, logprobs, engine_logprobs, sampled)
             numbers = ", ".join(f"{name.removeprefix('policy/')} {value:.2g}" for name, value in gap.items())
             print(f"trainer's temperature {temperature} {words}: {numbers}")
 

@@ -3,27 +3,15 @@
     pip install matplotlib  # for the plot
     python benchmarks/loss_memory.py --plot loss_memory.png
 
-What is measured: the head, the log-probs and their gradient with regard to the hidden states and the head's weight, as
-in `sft.py` and `grpo.py`, in chunks (`common.ChunkedLM`) and with the logits of all tokens at once, each in a process
-of its own: its peak less what it held before.
+What is measured is what head_chunks.py measures, in chunks as in the scripts and with the logits of all tokens at once.
 """
 
 import json
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
+import head_chunks
 import tyro
-from torch import nn
-
-import common
 
 
 @dataclass
@@ -36,64 +24,17 @@ class Args:
     """a file for the raw numbers, JSON"""
     plot: str | None = None
     """a file for the picture"""
-    one: str | None = None
-    """used by the benchmark itself: measure `chunked` or `full` for the first of --tokens"""
-
-
-class HeadOnly(nn.Module):
-    """A model whose trunk gives the hidden states that it was given."""
-
-    def __init__(self, states: torch.Tensor, vocabulary: int):
-        super().__init__()
-        self.states = nn.Parameter(states)
-        self.head = nn.Linear(states.shape[-1], vocabulary, bias=False, device=states.device)
-
-    def base_model(self, **_: Any) -> Any:
-        return SimpleNamespace(last_hidden_state=self.states)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.head
-
-
-def measure(args: Args) -> dict[str, float]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        common.tune_cpu()
-    torch.manual_seed(0)
-    count = args.tokens[0]
-    model = HeadOnly(torch.randn(1, count + 1, args.hidden, device=device), args.vocabulary)
-    ids = torch.randint(args.vocabulary, (1, count + 1), device=device)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    before = common.peak_memory_gb(device)
-    started = time.perf_counter()
-    if args.one == "chunked":
-        ones = torch.ones_like(ids)
-        logprobs, _ = common.token_logprobs(common.ChunkedLM(model), ids, ones, ones, entropy=False)
-    else:
-        logprobs = model.head(model.states[0, :-1]).log_softmax(-1).gather(-1, ids[0, 1:, None])
-    (-logprobs.sum() / count).backward()
-    seconds = time.perf_counter() - started
-    return {
-        "peak_gb": common.peak_memory_gb(device) - before,
-        "seconds": seconds,
-        "loss": -logprobs.sum().item() / count,
-    }
 
 
 def main(args: Args) -> None:
-    if args.one:
-        return print(json.dumps(measure(args)))
     rows = []
     for tokens in args.tokens:
         for kind in ("chunked", "full"):
-            flags = ["--one", kind, "--tokens", tokens, "--vocabulary", args.vocabulary, "--hidden", args.hidden]
-            done = subprocess.run(
-                [sys.executable, __file__, *map(str, flags)], stdout=subprocess.PIPE, text=True, check=True
-            )
-            rows.append({"tokens": tokens, "kind": kind, **json.loads(done.stdout)})
-            r = rows[-1]
-            print(f"{tokens:6} tokens, {kind:8} {r['peak_gb']:6.2f} GB {r['seconds']:6.1f} s  loss {r['loss']:.4f}")
+            flags = ["--one", kind, "--tokens", tokens, "--shapes", args.vocabulary, args.hidden, "--exponents", 25]
+            r = head_chunks.in_a_process(head_chunks.__file__, *flags)
+            rows.append({"tokens": tokens, "kind": kind, **r})
+            words = f"{r['peak_gb']:6.2f} GB {r['seconds']:6.1f} s  loss {r['loss']:.4f}"
+            print(f"{tokens:6} tokens, {kind:8} {words}", flush=True)
     if args.output:
         Path(args.output).write_text(json.dumps({"args": vars(args), "rows": rows}, indent=2) + "\n")
     if args.plot:
@@ -110,4 +51,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main, tyro.cli(Args))
+    main(tyro.cli(Args))

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,14 +44,12 @@ class Args:
 
 
 def main(args: Args) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        common.tune_cpu()
-    dtype, attn, compute_line = common.pick_compute("auto", "auto", device)
-    tokenizer = common.load_tokenizer(args.model)
-    model = common.load_model(args.model, device, attn)
+    device = common.join_processes().device
+    dtype, tokens = common.pick_compute(SimpleNamespace(dtype="auto", micro_batch_tokens=None), device)
+    tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, device)
+    lm = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), "auto")
     engines: dict[str, Any] = {
-        "hf": common.HFEngine(model, tokenizer, common.MICRO_BATCH_TOKENS, dtype),
+        "hf": common.HFEngine(lm, tokenizer, tokens),
         "vllm": common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, trains=True),
     }
     dataset = envs.load_dataset("math", "train", num_samples=args.prompts)
@@ -74,7 +73,7 @@ def main(args: Args) -> None:
         e: np.array([r["tokens"] / r["seconds"] for r in rounds if r["engine"] == e and r["round"]]) for e in engines
     }
     ratios = speeds["vllm"] / speeds["hf"]
-    print(f"{compute_line}; {torch.get_num_threads()} threads; {engines['vllm'].name}")
+    print(f"{device.type}, {dtype}, {torch.get_num_threads()} threads, {engines['vllm'].name}")
     ends = "natural ends" if args.natural else f"{args.max_new_tokens} tokens each"
     print(f"{args.model}: {args.prompts} prompts x {args.group_size} completions, {ends}, {args.rounds} rounds")
     for name, values in [*speeds.items(), ("vllm / hf", ratios)]:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import common
 
+AS_A_USER = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # all threads there are
 FAST = ["--eval-steps", "0", "--batch-size", "2", "--num-steps", "2", "--max-new-tokens", "24"]
 
 

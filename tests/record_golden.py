@@ -19,35 +19,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_invariance import launch
 
 METRICS = ("loss/total", "loss/reverse_kl", "optim/grad_norm", "reward/mean")
-FLAGS = ["--num-steps", "10", "--logging-steps", "1", "--saving-steps", "100", "--learning-rate", "1e-4"]
+FLAGS = "--num-steps 10 --logging-steps 1 --saving-steps 100 --learning-rate 1e-4 "
 CASES = {
-    "grpo": [
-        "--batch-size",
-        "4",
-        "--group-size",
-        "4",
-        "--max-new-tokens",
-        "12",
-        "--ppo-steps",
-        "2",
-        "--kl-penalty",
-        "0.1",
-    ],
-    "onpolicy_distill": ["--batch-size", "8", "--max-new-tokens", "12", "--temperature", "0.7"],
-    "sft": ["--batch-size", "8"],
+    "grpo": "--batch-size 4 --group-size 4 --max-new-tokens 12 --ppo-steps 2 --kl-penalty 0.1",
+    "onpolicy_distill": "--batch-size 8 --max-new-tokens 12 --temperature 0.7",
+    "sft": "--batch-size 8",
 }
 
 
 def run_case(script: str, folder: Path, name: str) -> dict:
     """Metrics of each step, and the completions they were made of."""
-    case = {
-        "name": name,
-        "script": script,
-        "flags": [*FLAGS, *CASES[script]],
-        "frozen": True,
-        "float64": True,
-        "flat": [2],
-    }
+    case = {"name": name, "script": script, "flags": (FLAGS + CASES[script]).split(), "flat": [2]}
+    case |= {"frozen": True, "float64": True}
     launch([case], folder, processes=1)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     steps = [{m: line[m] for m in METRICS if m in line} for line in lines]

@@ -20,7 +20,7 @@ import common
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # of sys.addaudithook
 
 
-def write_plain(folder, *_args, **_options):
+def write_plain(_run, folder, dtype):
     (folder / "model.safetensors").write_bytes(os.urandom(3000))
     (folder / "config.json").write_text("{}")
 
@@ -30,9 +30,16 @@ def save(tmp_path, monkeypatch):
     """The real save_checkpoint, with small plain files for the model."""
     monkeypatch.setattr(common, "save_model", write_plain)
     monkeypatch.setattr(common, "save_file", lambda state, path: path.write_bytes(b"moments"))
-    run = types.SimpleNamespace(folder=tmp_path, accelerator=Accelerator(cpu=True))
     optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}})
-    return lambda step: common.save_checkpoint(run, step, None, None, optimizer)
+    run = types.SimpleNamespace(
+        folder=tmp_path, accelerator=Accelerator(cpu=True), checkpoint=None, optimizer=optimizer
+    )
+
+    def save(step):
+        run.step = step
+        common.save_checkpoint(run)
+
+    return save
 
 
 def die_at(folder, count, save):

@@ -1,13 +1,16 @@
 """Grading is exact, bounded in time and never evaluates; splits are disjoint; bad rows are refused in one line."""
 
 import json
+import math
 import re
 import time
 from fractions import Fraction
 
 import pytest
+import torch
 
 import envs
+import grpo
 from envs import EnvBase, MathDataset, MathEnv, UserError, last_boxed, load_dataset, parse_number
 
 
@@ -20,56 +23,37 @@ def test_forms_of_one_number_are_all_correct(text):
     assert reward("72", rf"so \boxed{{{text}}}") == 1.0
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1,000", Fraction(1000)),
-        ("1,234,567.50", Fraction("1234567.5")),
-        ("3/4", Fraction(3, 4)),
-        ("0.75", Fraction(3, 4)),
-        (".75", Fraction(3, 4)),
-        ("- 3 / 4", Fraction(-3, 4)),
-        (r"\frac{3}{4}", Fraction(3, 4)),
-        (r"-\dfrac{3}{ 4 }", Fraction(-3, 4)),
-        ("-0", Fraction(0)),
-        ("\u22125", Fraction(-5)),
-        (r"\text{ 5 }", Fraction(5)),
-        ("1,00", None),
-        ("7 2", None),
-        (r"1\frac{1}{2}", None),
-        ("3/0", None),
-        ("1e3", None),
-        ("72 apples", None),
-        ("\u0661", None),
-        ("nan", None),
-        ("", None),
-        ("2**3", None),
-        ("__import__('os').getpid()", None),
-    ],
-)
-def test_parse_number(text, value):
-    assert parse_number(text) == value
+NUMBERS = r"1,000 is 1000; 1,234,567.50 is 1234567.5; 3/4 is 3/4; 0.75 is 3/4; .75 is 3/4; - 3 / 4 is -3/4; -0 is 0"
+NUMBERS += r"; \frac{3}{4} is 3/4; -\dfrac{3}{ 4 } is -3/4; \text{ 5 } is 5; " + "\u22125 is -5"
+NO_NUMBERS = [
+    "1,00",
+    "7 2",
+    r"1\frac{1}{2}",
+    "3/0",
+    "1e3",
+    "72 apples",
+    "\u0661",
+    "nan",
+    "",
+    "2**3",
+    "__import__('os')",
+]
 
 
-@pytest.mark.parametrize(
-    ("completion", "content"),
-    [
-        (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed{5} and \boxed{6", "5"),
-        (r"} \boxed{5}", "5"),
-        (r"{ \boxed{5}", "5"),
-        (r"\boxed {5}", "5"),
-        (r"\boxed{\boxed{5}}", "5"),
-        (r"\boxed{\{5\}}", r"\{5\}"),
-        (r"\boxed{", None),
-        ("boxed{5}", None),
-        ("72", None),
-        ("", None),
-    ],
-)
-def test_last_box_with_balanced_braces_counts(completion, content):
-    assert last_boxed(completion) == content
+@pytest.mark.parametrize("case", [*NUMBERS.split("; "), *NO_NUMBERS])
+def test_parse_number(case):
+    text, is_number, value = case.partition(" is ")
+    assert parse_number(text) == (Fraction(value) if is_number else None)
+
+
+BOXES = {r"\boxed{1} then \boxed{2}": "2", r"\boxed{\frac{1}{2}}": r"\frac{1}{2}", r"\boxed{5} and \boxed{6": "5"}
+BOXES |= {r"} \boxed{5}": "5", r"{ \boxed{5}": "5", r"\boxed {5}": "5", r"\boxed{\boxed{5}}": "5"}
+BOXES |= {r"\boxed{\{5\}}": r"\{5\}", r"\boxed{": None, "boxed{5}": None, "72": None, "": None}
+
+
+@pytest.mark.parametrize("completion", BOXES)
+def test_last_box_with_balanced_braces_counts(completion):
+    assert last_boxed(completion) == BOXES[completion]
 
 
 def test_reward_levels():
@@ -132,12 +116,6 @@ def test_math_targets_are_right_and_splits_share_no_problem(operand):
         assert "boxed" in env.prompt[0]["content"]
 
 
-def test_division_answers_are_fractions():
-    answers = [env.answer for env in MathDataset(100, 1, 9, "div")]
-    assert all("." not in answer for answer in answers)
-    assert any("/" in answer for answer in answers)
-
-
 def test_math_dataset_is_seeded_and_sized():
     first, again, other = (MathDataset(50, seed=seed) for seed in (3, 3, 4))
     assert [e.prompt for e in first] == [e.prompt for e in again] != [e.prompt for e in other]
@@ -146,29 +124,74 @@ def test_math_dataset_is_seeded_and_sized():
     assert len(MathDataset(5, 0, 10**9)) == 5  # a huge range costs no memory
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"operand": "pow"},
-        {"min_val": 5, "max_val": 4},
-        {"max_val": 10**12},
-        {"num_samples": 0},
-        {"split": "test"},
-        {"min_val": 0, "max_val": 0, "operand": "div"},
-    ],
-)
+IMPOSSIBLE = [{"operand": "pow"}, {"min_val": 5, "max_val": 4}, {"max_val": 10**12}, {"num_samples": 0}]
+IMPOSSIBLE += [{"split": "test"}, {"min_val": 0, "max_val": 0, "operand": "div"}]
+
+
+@pytest.mark.parametrize("arguments", IMPOSSIBLE)
 def test_impossible_math_datasets_are_refused(arguments):
     with pytest.raises(UserError):
         MathDataset(**arguments)
 
 
-def test_env_base():
-    env = EnvBase([{"role": "user", "content": "hi"}], 3)
-    assert env.get_target() == "3"
-    with pytest.raises(NotImplementedError):
-        env.get_reward("3")
-    with pytest.raises(UserError):
-        EnvBase([]).get_target()
+class Gives(EnvBase):
+    """A reward of the test's choosing."""
+
+    def get_reward(self, completion):
+        return self.answer(completion) if callable(self.answer) else self.answer
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, None, "1.0", [1.0], {"score": 1}, (1.0,), 1j])
+def test_a_reward_that_is_no_number_stops_with_the_completion(reward):
+    with pytest.raises(
+        ValueError, match=rf"Gives.get_reward gave {re.escape(repr(reward))} for the completion 'hello'"
+    ):
+        envs.score(Gives([], reward), "hello")
+
+
+def test_a_reward_that_raises_stops_with_the_completion_and_the_cause():
+    with pytest.raises(RuntimeError, match=r"Gives.get_reward raised ValueError: .* for the completion 'hel") as error:
+        envs.score(Gives([], float), "hello")
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("reward", [1, True, 0.5, torch.tensor(0.5), Fraction(1, 2)])
+def test_numbers_of_any_kind_are_rewards(reward):
+    assert envs.score(Gives([], reward), "hello") == float(reward)
+
+
+def test_rows_without_a_reward_are_found():
+    envs.require_rewards([Gives([]), MathEnv([], 1)])
+    assert envs.rows_without_reward([Gives([]), EnvBase([], 1), MathEnv([], 1)]) == [1]
+    with pytest.raises(UserError, match="row 1 has no reward"):
+        envs.require_rewards([Gives([]), EnvBase([], 1)])
+
+
+def test_data_order_is_a_permutation_an_epoch_and_a_function_of_the_position():
+    whole = envs.data_order(7, 1, 0, 21)
+    assert all(sorted(whole[e : e + 7]) == list(range(7)) for e in (0, 7, 14))
+    assert whole[:7] != whole[7:14]
+    assert envs.data_order(7, 1, 5, 6) == whole[5:11]  # across the end of an epoch
+    assert envs.data_order(7, 2, 0, 21) != whole
+
+
+def test_the_evaluation_set_is_the_datasets_own_split_or_the_rows_of_a_file(tmp_path):
+    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": 1})
+
+    def sizes(*given, **flags):
+        args = grpo.Args(**{"num_samples": 30, "eval_samples": 20, "max_val": 9} | flags)
+        return tuple(None if data is None else len(data) for data in envs.load_splits(args, *(given or (None, None))))
+
+    assert sizes() == (30, 20)
+    assert sizes(eval_steps=0) == (30, None)
+    own = {"dataset": path, "max_val": None}
+    assert sizes(**own) == (1, None)  # a file has no evaluation split
+    assert sizes(**own, eval_dataset=path) == (1, 1)
+    assert sizes(**own, eval_dataset="math") == (1, 20)
+    assert sizes(max_val=9, eval_dataset=path) == (30, 1)
+    mine = [MathEnv([], 1)] * 3
+    assert sizes(mine, None) == (3, None)  # nor has what the caller of main gives
+    assert sizes(mine, mine) == (3, 3)
 
 
 def test_gsm8k_row():
@@ -208,33 +231,28 @@ def test_jsonl_rows(tmp_path):
     assert load_dataset(path, "eval") is None
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ("{not json", "not a line of JSON"),
-        ("[1]", "must be an object"),
-        ("[" * 100_000, "not a line of JSON"),
-        ('{"prompt": "half \\ud83d", "answer": 1}', "surrogates not allowed"),
-        ({"conversations": [{"from": "human", "value": "x"}]}, "rename it to messages, from to role"),
-        ({"messages": [{"role": "human", "content": "x"}]}, "role of system, developer, user, assistant, tool"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
-        (
-            {"messages": [{"role": "assistant", "content": "x", "weight": 1}]},
-            "has weight: write it into content, or drop",
-        ),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text, or a list of text parts"),
-        ({"messages": [{"role": "user"}]}, "must be text, or a list of text parts"),
-        ({"text": "x"}, "neither messages nor prompt in \\['text'\\]"),
-        ({"messages": []}, "at least one message"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
-        ({"messages": [{"role": "user", "content": None}]}, "must be text"),
-        ({"messages": [{"content": "x"}]}, "role"),
-        ({"prompt": 3, "answer": 1}, "must be a list"),
-        ({"prompt": "x", "answer": [1]}, "must be text or a number"),
-        ({"prompt": "x", "answer": float("nan")}, "must be text or a number"),
-        ({"prompt": "x", "target": 1}, "must be text"),
-    ],
-)
+def turn(role, content, **more):
+    return {"role": role, "content": content} | more
+
+
+MALFORMED = [  # row, reason
+    *[("{not json", "not a line of JSON"), ("[1]", "must be an object"), ("[" * 100_000, "not a line of JSON")],
+    ('{"prompt": "half \\ud83d", "answer": 1}', "surrogates not allowed"),
+    ({"conversations": [{"from": "human", "value": "x"}]}, "rename it to messages, from to role"),
+    ({"messages": [turn("human", "x")]}, "role of system, developer, user, assistant, tool"),
+    ({"messages": [turn("user", "x"), {"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
+    ({"messages": [turn("assistant", "x", weight=1)]}, "has weight: write it into content, or drop"),
+    ({"messages": [turn("user", [{"type": "image"}])]}, "must be text, or a list of text parts"),
+    ({"messages": [{"role": "user"}]}, "must be text, or a list of text parts"),
+    *[({"messages": [turn("user", None)]}, "must be text"), ({"messages": [{"content": "x"}]}, "role")],
+    *[({"messages": []}, "at least one message"), ({"messages": [turn("user", "x")]}, "no assistant turn")],
+    *[({"text": "x"}, r"neither messages nor prompt in \['text'\]"), ({"prompt": 3, "answer": 1}, "must be a list")],
+    *[({"prompt": "x", "answer": wrong}, "must be text or a number") for wrong in ([1], math.nan)],
+    ({"prompt": "x", "target": 1}, "must be text"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), MALFORMED)
 def test_malformed_rows_name_file_line_and_reason(tmp_path, row, reason):
     path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": 1}, row)
     with pytest.raises(UserError, match=reason) as error:
@@ -293,24 +311,24 @@ def test_local_folder_by_the_datasets_library(tmp_path, monkeypatch):
 def test_columns_of_hub_datasets(tmp_path, monkeypatch):
     """What the library reads: columns of one type, with None where a row lacks a key."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    user, tool = {"role": "user", "content": "hi"}, {"role": "tool", "content": "5", "tool_call_id": "a"}
-    turns = [user, {"role": "assistant", "content": "call"}, tool, {"role": "assistant", "content": "yes"}]
-    for columns, target in (
-        ({"messages": turns, "source": "x"}, "yes"),
-        ({"prompt": "hi", "completion": "yes"}, "yes"),
-        ({"prompt": [user], "answer": 5}, r"\boxed{5}"),
-        ({"question": "hi", "answer": "5"}, r"\boxed{5}"),
-    ):
-        folder = tmp_path / "-".join(columns)
+    chat = [
+        turn("user", "hi"),
+        turn("assistant", "call"),
+        turn("tool", "5", tool_call_id="a"),
+        turn("assistant", "yes"),
+    ]
+    rows = [({"messages": chat, "source": "x"}, "yes"), ({"prompt": "hi", "completion": "yes"}, "yes")]
+    rows += [({"prompt": chat[:1], "answer": 5}, r"\boxed{5}"), ({"text": "x", "label": 1}, None)]
+    for number, (row, target) in enumerate(rows):
+        folder = tmp_path / str(number)
         folder.mkdir()
-        write(folder / "train.jsonl", columns)
-        (env,) = load_dataset(str(folder))
-        assert env.prompt[0]["content"] == "hi"
-        assert env.get_target() == target
-    (tmp_path / "other").mkdir()
-    write(tmp_path / "other" / "train.jsonl", {"text": "x", "label": 1})
-    with pytest.raises(UserError, match=r"other train row 0: neither messages nor prompt in \['text', 'label'\]"):
-        load_dataset(str(tmp_path / "other"))
+        write(folder / "train.jsonl", row)
+        if target is None:
+            with pytest.raises(UserError, match=r"train row 0: neither messages nor prompt in \['text', 'label'\]"):
+                load_dataset(str(folder))
+        else:
+            (env,) = load_dataset(str(folder))
+            assert (env.prompt[0]["content"], env.get_target()) == ("hi", target)
 
 
 def test_ranges_belong_to_math_alone(tmp_path):

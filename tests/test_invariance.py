@@ -126,6 +126,19 @@ def test_float32_agrees_to_its_precision(runs, objective):
 
 
 @pytest.mark.slow
+def test_settings_of_the_launcher_change_nothing(runs, tmp_path, monkeypatch):
+    """Accelerate reads them from the environment: autocast, and gradients of several steps added up."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    launch([case(o, o, 2, tokens="60", float64=False) for o in ("grpo-dapo", "sft")], tmp_path, processes=2)
+    for objective in ("grpo-dapo", "sft"):
+        assert distance(result(tmp_path, objective)[0], result(runs[0], f"{objective} in float32 1")[0]) < 1e-4
+        one, other = (json.loads((f / objective / "args.json").read_text()) for f in (tmp_path, runs[1]))
+        one["output_dir"] = other["output_dir"]
+        assert one == other
+
+
+@pytest.mark.slow
 def test_the_frozen_step_is_worth_comparing(runs):
     """Unequal lengths, groups with and without a gradient, both ends of a completion, a process without any work."""
     _, metrics = result(runs[0], "grpo-dapo")

@@ -58,7 +58,6 @@ def test_smoothing_is_a_mean_of_the_steps_before_and_leaves_evaluations_alone(fo
     assert plot.curve([run], "eval/accuracy", "step", 2)[1].tolist() == [1.0, 3.0, 5.0]
     run.lines = [{"step": line["step"], "reward/mean": line["eval/accuracy"]} for line in run.lines]
     assert plot.curve([run], "reward/mean", "step", 2)[1].tolist() == [1.0, 2.0, 4.0]
-    assert plot.curve([run], "loss/kl", "step", 2)[0].size == 0
 
 
 def test_a_picture_is_drawn_and_a_wrong_folder_or_metric_is_one_line(folder, tmp_path):

@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from conftest import FAST, ROOT, read_metrics, run_main, run_script
+import torch
+from conftest import AS_A_USER, FAST, ROOT, read_metrics, run_main, run_script
 from safetensors.torch import load_file
 from test_invariance import GRPO, launch
 
@@ -149,32 +150,41 @@ SHIFT = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import common, grpo, tyro
-generate = common.HFEngine.generate
+generate, first, ends, calls = common.HFEngine.generate, int(sys.argv.pop(1)), sys.argv.pop(1), 0
 
-def shifted(self, *args, **options):
+def shifted(self, *args, **options):  # wrong from that rollout on, on one process
+    global calls
+    calls += 1
+    by = 0.3 if os.environ["RANK"] == "1" and calls >= first else 0.0
     completions = generate(self, *args, **options)
-    by = 0.3 if os.environ["RANK"] == "1" else 0.0
     return [common.Completion(c.token_ids, [v - by for v in c.logprobs], c.finish_reason) for c in completions]
 
 common.HFEngine.generate = shifted
-common.run(grpo.main, tyro.cli(grpo.Args))
+try:
+    common.run(grpo.main, tyro.cli(grpo.Args))
+except SystemExit as end:
+    open(f"{{ends}}-{{os.environ['RANK']}}", "w").write(str(end.code))
+    raise
 """
 
 
-def test_the_gap_of_one_process_is_measured_by_all_and_stops_all(tmp_path):
+def test_the_gap_of_one_process_is_measured_by_all_and_stops_all_at_that_step(tmp_path):
+    """An engine whose weights no longer arrive is seen at any step, before the weights change."""
     (tmp_path / "shift.py").write_text(SHIFT)
-    flags = [*FAST, "--batch-size", 4]
-    done = start_two(tmp_path / "shift.py", *flags, "--max-logprob-gap", 0.29, "--output-dir", tmp_path / "run")
-    _, err = done.communicate(timeout=120)
-    assert done.returncode == 0, err  # the mean over all is smaller
-    line = read_metrics(tmp_path / "run")[0]
-    assert line["policy/logprob_gap_max"] == pytest.approx(0.3, abs=1e-3)
-    assert 0.05 < line["policy/logprob_gap"] < 0.25
-    done = start_two(tmp_path / "shift.py", *flags, "--max-logprob-gap", 0.05, "--output-dir", tmp_path / "stopped")
-    _, err = done.communicate(timeout=120)
-    assert done.returncode != 0
-    assert "error: trainer and engine differ by 0.1" in err
-    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    flags = [*FAST, "--batch-size", 4, "--num-steps", 4, "--saving-steps", 1]
+    for first, limit, name in ((1, 0.29, "run"), (3, 0.05, "stopped")):
+        options = ["--max-logprob-gap", limit, "--output-dir", tmp_path / name]
+        done = start_two(tmp_path / "shift.py", first, tmp_path / name, *flags, *options)
+        _, err = done.communicate(timeout=120)
+        if name == "run":
+            assert done.returncode == 0, err  # the mean over all is smaller
+            line = read_metrics(tmp_path / "run")[0]
+            assert line["policy/logprob_gap_max"] == pytest.approx(0.3, abs=1e-3)
+            assert 0.05 < line["policy/logprob_gap"] < 0.25
+    assert re.search(r"error: trainer and engine differ by 0\.[12]", err)
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert [line["step"] for line in read_metrics(tmp_path / "stopped")] == [1, 2]
+    assert common.newest_checkpoint(tmp_path / "stopped")[1] == 2
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -205,7 +215,11 @@ sys.path.insert(0, {str(ROOT)!r})
 import common, grpo, tyro
 when, out = int(sys.argv.pop(1)), sys.argv.pop(1)
 rank = int(os.environ.get("RANK", 1))  # a single process is the one that is meant
-generate_batch, calls = common.HFEngine.generate_batch, 0
+generate, decode, calls = common.HFEngine.generate, common.HFEngine.decode, 0
+
+def one_by_one(self, *args, **options):
+    self.max_tokens = 1
+    return generate(self, *args, **options)
 
 def counted(self, *args):
     global calls
@@ -214,49 +228,53 @@ def counted(self, *args):
         file.write("x")
     if rank == 1 and calls == when:
         os.kill(os.getpid(), signal.SIGTERM)
-    return generate_batch(self, *args)
+    return decode(self, *args)
 
-common.HFEngine.generate_batch = counted
-common.KV_FACTOR = 1
+common.HFEngine.generate, common.HFEngine.decode = one_by_one, counted
 common.run(grpo.main, tyro.cli(grpo.Args))
 """
 # One completion a generation batch: 8 batches a rollout, 4 an evaluation of 8 problems shared by two processes.
-ONE_BY_ONE = ["--batch-size", 2, "--group-size", 4, "--max-new-tokens", 24, "--micro-batch-tokens", 1, "--num-steps", 4]
-ONE_BY_ONE += ["--saving-steps", 100, "--eval-samples", 8, "--eval-steps"]
+ONE_BY_ONE = ["--batch-size", 2, "--group-size", 4, "--max-new-tokens", 24, "--num-steps", 4, "--saving-steps", 100]
+ONE_BY_ONE += ["--eval-samples", 8, "--eval-steps"]
 
 
 @pytest.mark.parametrize(
-    ("place", "eval_steps", "batch", "logged"),
-    [("rollout", 0, 8 + 8 + 3, [1, 2]), ("evaluation", 2, 4 + 16 + 2, [0, 1, 2])],
+    ("place", "eval_steps", "at", "batches", "logged"),
+    [("rollout", 0, 8 + 8 + 3, 8 + 8 + 3, [1, 2]), ("evaluation", 2, 4 + 16 + 2, 4 + 16 + 4, [0, 1, 2])],
 )
-def test_a_signal_to_one_stops_all_between_two_batches_of_completions(tmp_path, place, eval_steps, batch, logged):
-    """It comes in the rollout of step 3, or in the evaluation after step 2: either way step 2 is saved, and no more."""
+def test_a_signal_to_one_stops_all_between_two_batches_of_a_rollout(tmp_path, place, eval_steps, at, batches, logged):
+    """In the rollout of step 3, or in the evaluation after step 2, which ends first: step 2 is saved, and no more."""
     (tmp_path / "itself.py").write_text(SIGNAL_ITSELF)
     flags = [*ONE_BY_ONE, eval_steps, "--output-dir", tmp_path / "run"]
-    done = start_two(tmp_path / "itself.py", batch, tmp_path / "calls", *flags)
+    done = start_two(tmp_path / "itself.py", at, tmp_path / "calls", *flags)
     _, err = done.communicate(timeout=120)
     assert re.search(r"exitcode *: 143", err), err  # as the launcher reports it
     assert world_size(tmp_path / "run") == 2
-    assert [len((tmp_path / f"calls-{rank}").read_text()) for rank in (0, 1)] == [batch, batch]
+    assert [len((tmp_path / f"calls-{rank}").read_text()) for rank in (0, 1)] == [batches, batches]
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == logged
-    assert "eval/accuracy" not in lines[-1]
+    assert ("eval/accuracy" in lines[-1]) == (place == "evaluation")
     assert common.newest_checkpoint(tmp_path / "run")[1] == 2
 
 
 def test_a_run_stopped_in_a_rollout_goes_on_bit_for_bit(tmp_path):
+    """From the last step that is done, or from before the first."""
     (tmp_path / "itself.py").write_text(SIGNAL_ITSELF)
-    for name, batch in (("straight", 10**6), ("stopped", 8 + 3)):
-        flags = [batch, tmp_path / name, *ONE_BY_ONE, 0, "--output-dir", tmp_path / f"run-{name}"]
-        done = run_script(str(tmp_path / "itself.py"), *flags)
-        assert done.returncode == {"straight": 0, "stopped": 143}[name], done.stderr
+
+    def run(name, batch, *more):
+        flags = [batch, tmp_path / "calls", *ONE_BY_ONE, 0, "--output-dir", tmp_path / name, *more]
+        done = run_script(str(tmp_path / "itself.py"), *flags, env=AS_A_USER)
         assert "Traceback" not in done.stderr
-    assert common.newest_checkpoint(tmp_path / "run-stopped")[1] == 1
-    flags = [10**6, tmp_path / "resumed", *ONE_BY_ONE, 0, "--output-dir", tmp_path / "run-stopped", "--resume"]
-    done = run_script(str(tmp_path / "itself.py"), *flags)
-    assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / f"run-{name}" / "final" / "model.safetensors") for name in ("straight", "stopped"))
-    assert all((one[name] == two[name]).all() for name in one)
+        assert done.returncode == (143 if batch < 100 else 0), done.stderr
+        return common.newest_checkpoint(tmp_path / name)[1]
+
+    assert run("straight", 10**6) == 4
+    for step in (0, 1):
+        assert run(f"stopped-{step}", 8 * step + 3) == step
+        assert run(f"stopped-{step}", 10**6, "--resume") == 4
+        files = (tmp_path / name / "final" / "model.safetensors" for name in ("straight", f"stopped-{step}"))
+        one, two = map(load_file, files)
+        assert all((one[name] == two[name]).all() for name in one)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
@@ -291,29 +309,12 @@ def make():
     assert "Traceback" not in err
 
 
-def test_running_out_of_memory_names_the_one_knob(tmp_path):
-    (tmp_path / "little.py").write_text(f"""
-import resource, sys
-sys.path.insert(0, {str(ROOT)!r})
-import tyro
-import common, grpo
+def test_running_out_of_memory_names_the_one_knob(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-micro_batches = common.micro_batches
-
-def with_little_memory(*args, **options):
-    pages = int(open("/proc/self/statm").read().split()[0])
-    limit = pages * resource.getpagesize() + 2**22
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-    return micro_batches(*args, **options)
-
-common.micro_batches = with_little_memory
-common.run(grpo.main, tyro.cli(grpo.Args))
-""")
-    flags = ["--batch-size", 64, "--eval-steps", 0, "--max-new-tokens", 16, "--micro-batch-tokens", 10**6]
-    done = run_script(str(tmp_path / "little.py"), *flags, "--output-dir", tmp_path / "run")
+    monkeypatch.setattr(common, "backward", full)
+    done = run_main("sft.py", *FAST[:6], "--output-dir", tmp_path / "run")
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    line = done.stderr.strip().splitlines()[-1]
-    assert re.fullmatch(
-        r"error: .*memory.*; lower --micro-batch-tokens, now 1000000: the gradient stays the same", line
-    )
+    line = done.stderr.strip()
+    assert re.fullmatch(r"error: .*2\.00 GiB\.\W.*lower --micro-batch-tokens.*gradient stays the same", line)

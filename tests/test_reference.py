@@ -48,17 +48,8 @@ def logprobs_of(model, prompt, completion, temperature):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_two_updates_of_grpo(tmp_path, tokenizer, model, loss_type):
     """Both of --ppo-steps 2: with the KL term, at a temperature, with a group of equal rewards, in micro-batches."""
-    flags = [
-        *SMALL,
-        "--group-size",
-        GROUP,
-        "--batch-size",
-        PROMPTS,
-        "--max-new-tokens",
-        12,
-        "--temperature",
-        TEMPERATURE,
-    ]
+    flags = [*SMALL, "--batch-size", PROMPTS, "--group-size", GROUP, "--max-new-tokens", 12]
+    flags += ["--temperature", TEMPERATURE]
     flags += ["--kl-penalty", BETA, "--ppo-steps", 2, "--loss-type", loss_type, "--micro-batch-tokens", 150]
     case = {"name": "run", "script": "grpo", "flags": [*map(str, flags)], "frozen": True, "float64": True, "flat": FLAT}
     launch([case], tmp_path, processes=1)

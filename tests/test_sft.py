@@ -47,28 +47,25 @@ def test_long_and_untrainable_conversations_are_dropped_and_counted(tokenizer):
     def env(user, assistant="b"):
         return EnvBase([{"role": "user", "content": user}], assistant)
 
-    ((_ids, mask),), dropped = sft.encode([env("a"), env("a" * 99), env("a" * 99)], tokenizer, 60, {})
+    ((_ids, mask),), dropped = sft.encode([env("a"), env("a" * 99), env("a" * 99)], tokenizer, 60)
     assert sum(mask) == 2  # b and its stop token
     assert dropped == ["dropped 2 of 3 rows longer than 60 tokens"]
     endless = copy.deepcopy(tokenizer)
     endless.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    kept, dropped = sft.encode([env("a"), env("a", "")], endless, 60, {})
+    kept, dropped = sft.encode([env("a"), env("a", "")], endless, 60)
     assert len(kept) == 1
     assert dropped == ["dropped 1 of 2 rows with nothing to train"]
     with pytest.raises(UserError, match="no conversation is left: dropped 1 of 1 rows longer than 60 tokens"):
-        sft.encode([env("a" * 99)], tokenizer, 60, {})
+        sft.encode([env("a" * 99)], tokenizer, 60)
     with pytest.raises(UserError, match="row 1: this environment has no answer"):
-        sft.encode([env("a"), EnvBase(env("a").prompt)], tokenizer, 60, {})
+        sft.encode([env("a"), EnvBase(env("a").prompt)], tokenizer, 60)
 
 
 def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [
-        {"prompt": "Say\nyes", "target": "yes 🙂"},
-        {"prompt": "x" * 600, "target": "no"},
-        {"prompt": "b", "target": "c"},
-    ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [("Say\nyes", "yes 🙂"), ("x" * 600, "no"), ("b", "c")]
+    lines = [json.dumps({"prompt": prompt, "target": target}) + "\n" for prompt, target in rows]
+    (tmp_path / "data.jsonl").write_text("".join(lines))
     done = run_main("sft.py", "--dataset", tmp_path / "data.jsonl", "--inspect", 2)
     assert (done.returncode, done.stderr) == (0, "")
     assert "<|im_start|>assistant\n«yes 🙂<|im_end|>»\n [9 of " in done.stdout
@@ -90,49 +87,36 @@ def test_a_model_whose_pad_is_its_stop_token_learns_to_stop(tmp_path):
     shutil.copytree(ROOT / "models" / "tiny", tmp_path / "model")
     config = tmp_path / "model" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<|im_end|>"}))
-    flags = [
-        "--model",
-        tmp_path / "model",
-        "--from-scratch",
-        "--learning-rate",
-        2e-3,
-        "--num-steps",
-        60,
-        "--max-val",
-        9,
-    ]
-    done = run_main("sft.py", *flags, "--eval-steps", 0, "--output-dir", tmp_path / "run")
+    flags = ["--model", tmp_path / "model", "--from-scratch", "--learning-rate", 2e-3, "--num-steps", 60]
+    done = run_main("sft.py", *flags, "--max-val", 9, "--eval-steps", 0, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "stop <|im_end|>, pad <|im_end|>," in done.stdout
     flags = ["--model", tmp_path / "run" / "final", "--num-samples", 64, "--max-new-tokens", 32, "--temperature", 1]
     done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["completion/truncated_frac"] <= 0.05
 
 
-def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer):
-    from accelerate import Accelerator
-
+def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, tmp_path):
+    args = sft.Args(output_dir=str(tmp_path / "run"), eval_steps=0, num_samples=4)
+    run = common.Run(args, "sft.py", (0.0, 0.0), None, None)
+    policy = common.load_policy(run)
     envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
-    conversations, accelerator = sft.encode(envs, tokenizer, 512, {})[0], Accelerator(cpu=True)
-    one = sft.evaluate_loss(accelerator, common.ChunkedLM(tiny), conversations, 10_000)
-    cut = sft.evaluate_loss(accelerator, common.ChunkedLM(tiny), conversations, 1)
+    conversations, _ = sft.encode(envs, tokenizer, 512)
+    found = []
+    for run.micro_batch_tokens in (10_000, 1):
+        found.append(sft.evaluate_loss(run, policy, conversations))
     tokens, total = sum(sum(mask) for _, mask in conversations), 0.0
     for ids, mask in conversations:
         logprobs = tiny(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(logprobs[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
-    assert (
-        one["eval/ce_loss"] == pytest.approx(cut["eval/ce_loss"], rel=1e-5) == pytest.approx(total / tokens, rel=1e-5)
-    )
-    assert one["eval/perplexity"] == pytest.approx(math.exp(one["eval/ce_loss"]))
+    for metrics in found:
+        assert metrics["eval/ce_loss"] == pytest.approx(total / tokens, rel=1e-5)
+        assert metrics["eval/perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
 def test_script_trains_multi_turn_messages_and_logs(tmp_path):
-    turns = (
-        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}, '
-    )
-    data = tmp_path / "chats.jsonl"
-    row = f'{{"messages": {turns}{{"role": "assistant", "content": "d"}}]}}\n'
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcd")]
+    data, row = tmp_path / "chats.jsonl", json.dumps({"messages": turns}) + "\n"
     data.write_text(row * 4 + row.replace('"c"', '"' + "c" * 600 + '"'))
     flags = ["--dataset", data, "--eval-dataset", data, "--num-steps", 3, "--batch-size", 2, "--logging-steps", 1]
     done = run_script("sft.py", *flags, "--output-dir", tmp_path / "run")

@@ -5,7 +5,6 @@ The templates are small ones in the styles of the families; what should train of
 
 import copy
 import itertools
-import random
 from dataclasses import dataclass
 
 import pytest
@@ -21,7 +20,7 @@ from common import UserError
 @dataclass
 class Style:
     template: str
-    special: tuple[str, ...]  # the first is the BOS token, if the template writes one
+    special: str  # tokens; the first is the BOS token, if the template writes one
     stop: str  # what trains after the last turn
     middle: str | None = None  # after an earlier one; None: the same
     trims: bool = False  # the template strips the texts
@@ -29,21 +28,16 @@ class Style:
     strips_right: bool = False  # its special tokens swallow the white space that follows
 
 
-# Each: `u` a user's text, `a` the assistant's.
 TURNS = "{% for m in messages %}"
-CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-STYLES = {
-    "qwen2.5": Style(
-        "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
-        + TURNS
-        + CHATML
-        + PROMPT,
-        ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
-        "<|im_end|>",
-    ),
-    "qwen3": Style(
-        """{% set ns = namespace(last_user=-1) %}
+
+
+def turns(each, prompt="", before=""):
+    """A template that writes each message alike."""
+    return before + TURNS + each + "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+
+
+CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+QWEN3 = """{% set ns = namespace(last_user=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'assistant' %}
@@ -60,97 +54,73 @@ STYLES = {
 {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}""",
-        ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+LLAMA3 = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+GEMMA = "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+MISTRAL = "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.role == 'system' %}[SYSTEM]{{ m.content }}"
+LLAMA2 = "{% if m.role == 'user' %}<s>[INST] {{ m.content.strip() }} [/INST]"
+LLAMA2 += "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>{% endif %}"
+DEEPSEEK = "{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}<｜Assistant｜>"
+DEEPSEEK += "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% else %}{{ m.content }}{% endif %}"
+VICUNA = "{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>"
+GPT_OSS = "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
+GPT_OSS += "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
+STYLES = {
+    "qwen2.5": Style(
+        turns(
+            CHATML,
+            "<|im_start|>assistant\n",
+            "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}",
+        ),
+        "<|im_start|> <|im_end|> <|endoftext|>",
         "<|im_end|>",
     ),
+    "qwen3": Style(QWEN3, "<|im_start|> <|im_end|> <think> </think>", "<|im_end|>"),
     "llama3": Style(
-        "{{ bos_token }}"
-        + TURNS
-        + "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
-        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        turns(LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\n", "{{ bos_token }}"),
+        "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
         "<|eot_id|>",
         trims=True,
     ),
     "gemma": Style(
-        "{{ bos_token }}"
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-        + TURNS
-        + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-        "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        ("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        turns(GEMMA, "<start_of_turn>model\n", "{{ bos_token }}" + NO_SYSTEM),
+        "<bos> <start_of_turn> <end_of_turn>",
         "<end_of_turn>",
         trims=True,
         system=False,
     ),
     "mistral": Style(
-        "{{ bos_token }}" + TURNS + "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
-        "{% elif m.role == 'system' %}[SYSTEM]{{ m.content }}{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-        ("<s>", "[INST]", "[/INST]", "</s>"),
+        turns(MISTRAL + "{% else %} {{ m.content }}</s>{% endif %}", before="{{ bos_token }}"),
+        "<s> [INST] [/INST] </s>",
         "</s>",
     ),
-    "llama2, a space before the stop token": Style(
-        TURNS + "{% if m.role == 'user' %}<s>[INST] {{ m.content.strip() }} [/INST]"
-        "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}",
-        ("<s>", "</s>"),
-        " </s>",
-        trims=True,
-    ),
+    "llama2, a space before the stop token": Style(turns(LLAMA2), "<s> </s>", " </s>", trims=True),
     "phi3, tokens that swallow the line's end": Style(
-        TURNS + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-        ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|endoftext|>"),
+        turns("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n"),
+        "<|user|> <|assistant|> <|system|> <|end|> <|endoftext|>",
         "<|end|>",
         strips_right=True,
     ),
-    "phi4": Style(
-        TURNS + "<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
-        ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
-        "<|im_end|>",
-    ),
     "deepseek": Style(
-        "{{ bos_token }}" + TURNS + "{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}"
-        "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% else %}{{ m.content }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}",
-        ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+        turns(DEEPSEEK, "<｜Assistant｜><think>\n", "{{ bos_token }}"),
+        "<｜begin▁of▁sentence｜> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>",
         "<｜end▁of▁sentence｜>",
     ),
     "zephyr, headers that are text": Style(
-        TURNS + "<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-        ("<s>", "</s>"),
-        "</s>",
+        turns("<|{{ m.role }}|>\n{{ m.content + eos_token }}\n", "<|assistant|>\n"), "<s> </s>", "</s>"
     ),
     "vicuna, without line ends": Style(
-        TURNS + "{% if m.role == 'user' %}USER: {{ m.content }} "
-        "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>"
-        "{% else %}{{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}",
-        ("<s>", "</s>"),
-        "</s>",
-    ),
-    "command-r": Style(
-        "{{ bos_token }}"
-        + TURNS
-        + "<|START_OF_TURN_TOKEN|><|{{ 'CHATBOT' if m.role == 'assistant' else m.role | upper }}_TOKEN|>"
-        "{{ m.content.strip() }}<|END_OF_TURN_TOKEN|>{% endfor %}"
-        "{% if add_generation_prompt %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>{% endif %}",
-        ("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
-        "<|END_OF_TURN_TOKEN|>",
-        trims=True,
+        turns(VICUNA + "{% else %}{{ m.content }} {% endif %}", "ASSISTANT: "), "<s> </s>", "</s>"
     ),
     "glm4, without an end of turn": Style(
-        "[gMASK]<sop>" + TURNS + "<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
-        ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"),
+        turns("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n", "[gMASK]<sop>"),
+        "[gMASK] <sop> <|user|> <|assistant|> <|system|>",
         "",
     ),
     "gpt-oss, which ends earlier turns without stopping": Style(
-        TURNS + "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
-        "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
-        ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+        turns(GPT_OSS, "<|start|>assistant"),
+        "<|start|> <|channel|> <|message|> <|end|> <|return|>",
         "<|return|>",
         middle="",
     ),
@@ -159,10 +129,10 @@ STYLES = {
 
 def with_template(tokenizer, style):
     tokenizer = copy.deepcopy(tokenizer)
-    extra = [AddedToken(t, special=True, rstrip=style.strips_right, normalized=False) for t in style.special]
+    extra = [AddedToken(t, special=True, rstrip=style.strips_right, normalized=False) for t in style.special.split()]
     tokenizer.add_tokens(extra, special_tokens=True)
-    tokenizer.bos_token = style.special[0]
-    tokenizer.eos_token = style.stop.strip() or style.special[-1]
+    tokenizer.bos_token = style.special.split()[0]
+    tokenizer.eos_token = style.stop.strip() or style.special.split()[-1]
     tokenizer.chat_template = style.template
     return tokenizer
 
@@ -179,17 +149,10 @@ def by_merges():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    text = (
-        "".join(
-            f"user\n{w} assistant\n{w} |>\n{w} ASSISTANT: {w}\n\n{w}.\n"
-            for w in ("yes", "no", " maybe", "\n\nwhy", "a")
-        )
-        * 9
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-    )
+    words = ("yes", "no", " maybe", "\n\nwhy", "a")
+    text = "".join(f"user\n{w} assistant\n{w} |>\n{w} ASSISTANT: {w}\n\n{w}.\n" for w in words) * 9
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=600, **options))
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     return {name: with_template(plain, style) for name, style in STYLES.items()}
 
@@ -200,9 +163,8 @@ def by_pieces():
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    text = "".join(
-        f"{w} {w}\n[INST] Say {w}. [/INST] {w}ish, oh {w}! USER: {w} ASSISTANT: {w}" for w in ("yes", "no", "perhaps")
-    )
+    words = ("yes", "no", "perhaps")
+    text = "".join(f"{w} {w}\n[INST] Say {w}. [/INST] {w}ish, oh {w}! USER: {w} ASSISTANT: {w}" for w in words)
     special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([text * 9], trainer)
@@ -219,9 +181,8 @@ def trained(tokenizer, messages, **template_args):
     """Each run of trained tokens, as text."""
     ids, mask = common.encode_chat(tokenizer, messages, **template_args)
     runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
-    return [
-        tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False) for keep, run in runs if keep
-    ]
+    kept = [[token for token, _ in run] for keep, run in runs if keep]
+    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in kept]
 
 
 def expected(style, answers, ends_with_user=False):
@@ -234,41 +195,50 @@ def expected(style, answers, ends_with_user=False):
 @pytest.mark.parametrize("name", STYLES)
 def test_every_family_trains_texts_and_stop_tokens(by_bytes, name):
     style, tokenizer = STYLES[name], by_bytes[name]
-    yes, no = {
-        "": ("Yes", "No"),
-        " </s>": ("Yes </s>", "No </s>"),
-        "</s>": ("Yes</s>", "No</s>"),
-        "<|im_end|>": ("Yes<|im_end|>", "No<|im_end|>"),
-        "<|eot_id|>": ("Yes<|eot_id|>", "No<|eot_id|>"),
-        "<end_of_turn>": ("Yes<end_of_turn>", "No<end_of_turn>"),
-        "<|end|>": ("Yes<|end|>", "No<|end|>"),
-        "<|return|>": ("Yes<|return|>", "No<|return|>"),
-        "<｜end▁of▁sentence｜>": ("Yes<｜end▁of▁sentence｜>", "No<｜end▁of▁sentence｜>"),
-        "<|END_OF_TURN_TOKEN|>": ("Yes<|END_OF_TURN_TOKEN|>", "No<|END_OF_TURN_TOKEN|>"),
-    }[style.stop]
-    first = "Yes" if name.startswith("gpt-oss") else yes
-    assert trained(tokenizer, chat("Hi", "Yes")) == [yes]
+    assert trained(tokenizer, chat("Hi", "Yes")) == ["Yes" + style.stop]
+    first, no = expected(style, ["Yes", "No"])
     assert trained(tokenizer, chat("Hi", "Yes", "Bye", "No")) == [first, no]
     assert trained(tokenizer, chat("Hi", "Yes", "Bye")) == [first]  # ends with the user
     assert trained(tokenizer, chat("Hi", "No", "Hi", "No", "Hi", "No"))[-1] == no  # identical turns
+    assert trained(tokenizer, chat("Hi", "Да 🙂 ≠ नहीं", "Bye", "No")) == [first.replace("Yes", "Да 🙂 ≠ नहीं"), no]
     if style.system:
-        assert trained(tokenizer, chat("Hi", "Yes", system="Yes or No?")) == [yes]
+        assert trained(tokenizer, chat("Hi", "No", system="Yes or No?")) == [no]
     else:
         with pytest.raises(UserError, match="System role not supported"):
-            trained(tokenizer, chat("Hi", "Yes", system="Yes or No?"))
-    assert trained(tokenizer, chat("Hi", "Да 🙂 ≠ नहीं", "Bye", "No")) == [first.replace("Yes", "Да 🙂 ≠ नहीं"), no]
+            trained(tokenizer, chat("Hi", "No", system="Yes or No?"))
+
+
+def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer):
+    ids, mask = common.encode_chat(tokenizer, chat("a", "b", "c", "d"))
+    prompt = common.encode_prompt(tokenizer, chat("a", "b", "c"))
+    assert ids[: len(prompt)] == prompt
+    assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+    with pytest.raises(UserError, match="nothing to train"):
+        common.encode_chat(tokenizer, chat("a"))
+
+
+def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokenizer, tmp_path):
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{{ begin }}" + TURNS + "{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
+    given = common.load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
+    assert trained(given, chat("a", "b")) == ["b<|im_end|>"]
+    ids, _ = common.encode_chat(given, chat("a", "b"))
+    assert given.decode(ids).startswith("!!user>a")
+    assert given.decode(common.encode_prompt(given, chat("a"))).startswith("!!user>a")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"has no chat template: pass --chat-template FILE\.jinja"):
+        common.load_tokenizer(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"cannot load --chat-template missing\.jinja"):
+        common.load_tokenizer("tiny", "missing.jinja")
 
 
 def test_tool_messages_and_consecutive_turns(by_bytes):
-    messages = [
-        *chat("Hi", "call()"),
-        {"role": "tool", "content": "call() gave Yes"},
-        {"role": "assistant", "content": "Yes"},
-    ]
-    assert trained(by_bytes["qwen2.5"], messages) == ["call()<|im_end|>", "Yes<|im_end|>"]
+    tool, yes = {"role": "tool", "content": "call() gave Yes"}, {"role": "assistant", "content": "Yes"}
+    assert trained(by_bytes["qwen2.5"], [*chat("Hi", "call()"), tool, yes]) == ["call()<|im_end|>", "Yes<|im_end|>"]
     twice = [*chat("Hi", "Yes"), {"role": "assistant", "content": "No"}]
     assert trained(by_bytes["qwen2.5"], twice) == ["Yes<|im_end|>", "No<|im_end|>"]
-    headless = copy.deepcopy(by_bytes["phi4"])
+    headless = copy.deepcopy(by_bytes["qwen2.5"])
     headless.chat_template = TURNS + "{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="once, after a header"):
         trained(headless, twice)
@@ -278,9 +248,8 @@ def test_content_in_parts(by_bytes):
     parts = [{"type": "text", "text": "Ye"}, {"type": "text", "text": "s"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
     assert trained(by_bytes["llama3"], messages) == ["Yes<|eot_id|>"]
-    assert common.encode_prompt(by_bytes["llama3"], messages[:1]) == common.encode_prompt(
-        by_bytes["llama3"], chat("Yes")
-    )
+    one, other = (common.encode_prompt(by_bytes["llama3"], prompt) for prompt in (messages[:1], chat("Yes")))
+    assert one == other
 
 
 def test_thinking_trains_where_the_template_keeps_it(by_bytes):
@@ -291,12 +260,11 @@ def test_thinking_trains_where_the_template_keeps_it(by_bytes):
     assert trained(qwen3, chat("Hi", thought, "Bye", "No")) == ["Yes<|im_end|>", "No<|im_end|>"]
     assert trained(qwen3, chat("Hi", "No", "Bye", thought)) == ["No<|im_end|>", thought + "<|im_end|>"]
     assert trained(qwen3, chat("Hi", "Yes"), enable_thinking=False) == ["Yes<|im_end|>"]
-    tool = [
-        *chat("Hi", "<think>a</think>call()"),
-        {"role": "tool", "content": "x"},
-        {"role": "assistant", "content": thought},
+    more = [{"role": "tool", "content": "x"}, {"role": "assistant", "content": thought}]
+    assert trained(qwen3, chat("Hi", "<think>a</think>call()") + more) == [
+        "<think>\na\n</think>\n\ncall()<|im_end|>",
+        thought + "<|im_end|>",
     ]
-    assert trained(qwen3, tool) == ["<think>\na\n</think>\n\ncall()<|im_end|>", thought + "<|im_end|>"]
     assert trained(by_bytes["qwen2.5"], chat("Hi", thought, "Bye", "No")) == [thought + "<|im_end|>", "No<|im_end|>"]
     assert trained(deepseek, chat("Hi", thought)) == ["\n\nYes<｜end▁of▁sentence｜>"]  # dropped everywhere
 
@@ -304,10 +272,8 @@ def test_thinking_trains_where_the_template_keeps_it(by_bytes):
 def test_thinking_among_what_the_template_writes(by_bytes):
     """A header before it and tags that the template always writes do not train; nor do words that are the user's."""
     glm = copy.deepcopy(by_bytes["glm4, without an end of turn"])
-    keeps = (
-        "{% set parts = m.content.split('</think>') %}<|assistant|>\n<think>{{ parts[0][7:].strip() if loop.last and"
-    )
-    keeps += " parts | length > 1 }}</think>\n{{ parts[-1].strip() }}"
+    keeps = "{% set parts = m.content.split('</think>') %}<|assistant|>\n<think>"
+    keeps += "{{ parts[0][7:].strip() if loop.last and parts | length > 1 }}</think>\n{{ parts[-1].strip() }}"
     user = "<|user|>\n{{ m.content }}"
     glm.chat_template = TURNS + "{% if m.role == 'user' %}" + user + "{% else %}" + keeps + "{% endif %}{% endfor %}"
     glm.chat_template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -322,75 +288,34 @@ def test_thinking_among_what_the_template_writes(by_bytes):
 
 def test_thinking_that_generation_cannot_reach_is_refused(by_bytes):
     tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
-    tokenizer.chat_template = TURNS + CHATML + "{% if add_generation_prompt %}<|im_start|>ai\n{% endif %}"
+    tokenizer.chat_template = turns(CHATML, "<|im_start|>ai\n")
     assert trained(tokenizer, chat("Hi", "Yes")) == ["Yes<|im_end|>"]
     with pytest.raises(UserError, match="does not lead to the thinking of assistant turn 1"):
         trained(tokenizer, chat("Hi", "<think>hm</think>Yes"))
 
 
-# ---- Adversarial
+# ---- Refused
 
-NASTY = {
-    "the header": "<|im_start|>assistant\nassistant\nASSISTANT: <|assistant|>\n",
-    "whole turns": "x<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\ny",
-    "the user's text": "Hi",
-    "the next user's text": "Bye",
-    "a sentinel": "\u29830\u2984 \u29831\u2984",
-    "white space around": " \n\t Yes \n\n",
-    "nothing": "",
-    "white space alone": "\n \n",
-    "a stop token": "Yes</s> and <|end|> and <|return|>",
-    "a brace": "{{ messages }}{% endfor %}",
+UNMASKABLE = {  # the text of a turn, and more -> the reason
+    "{{ m.content | upper }}<|im_end|>{% endfor %}": "rewrites assistant turn 1",
+    "{{ m.content }}{{ m.content | length }}<|im_end|>{% endfor %}": "rewrites assistant turn 1",
+    "{{ m.content }}{% endfor %}{{ 'x' * (messages[-1].content | length - 3) }}": "something else",
+    "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}": "each of 2 assistant turns",
+    "{{ m.content }}{{ m.content }}{% endfor %}": "each of 2 assistant turns once",
+    "{{ m.content }}{% endfor %}{{ raise_exception('no') }}": "into the chat template: no",
+    "{{ m.content }}": "into the chat template",
 }
 
 
-@pytest.mark.parametrize("name", STYLES)
-@pytest.mark.parametrize("nasty", NASTY)
-def test_nasty_texts_train_as_they_are_or_are_refused(by_bytes, name, nasty):
-    style, tokenizer, text = STYLES[name], by_bytes[name], NASTY[nasty]
-    for answers in ([text], [text, "No"], ["No", text], [text, text]):
-        messages = chat(*itertools.chain(*zip(("Hi", "Bye"), answers, strict=False)))
-        wanted = [run for run in expected(style, answers) if run]
-        got = trained(tokenizer, messages)
-        if style.strips_right:  # decoding loses the white space that its special tokens swallow
-            got, wanted = (["".join(run.split()) for run in runs] for runs in (got, wanted))
-        if name == "qwen3":  # it trims line ends before the last answer
-            got, wanted = ([run.lstrip("\n") for run in runs] for runs in (got, wanted))
-        assert got == wanted
-
-
-def test_a_user_who_writes_the_sentinel(by_bytes):
-    assert trained(by_bytes["qwen2.5"], chat("\u29830\u2984", "Yes\u29831\u2984")) == ["Yes\u29831\u2984<|im_end|>"]
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        (TURNS + "<|im_start|>{{ m.content | upper }}<|im_end|>{% endfor %}", "rewrites assistant turn 1"),
-        (
-            TURNS + "<|im_start|>{{ m.content }}{{ m.content | length }}<|im_end|>{% endfor %}",
-            "rewrites assistant turn 1",
-        ),
-        (
-            TURNS + "<|im_start|>{{ m.content }}{% endfor %}{{ 'x' * (messages[-1].content | length - 3) }}",
-            "something else",
-        ),
-        (TURNS + "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}", "each of 2 assistant turns"),
-        (TURNS + "<|im_start|>{{ m.content }}{{ m.content }}{% endfor %}", "each of 2 assistant turns once"),
-        (TURNS + "{{ m.content }}{% endfor %}{{ raise_exception('no') }}", "into the chat template: no"),
-        (TURNS + "{{ m.content }}", "into the chat template"),
-    ],
-)
-def test_templates_that_cannot_be_masked_are_refused_with_the_reason(by_bytes, template, reason):
+@pytest.mark.parametrize("template", UNMASKABLE)
+def test_templates_that_cannot_be_masked_are_refused_with_the_reason(by_bytes, template):
     tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
-    tokenizer.chat_template = template
-    with pytest.raises(UserError, match=reason):
+    tokenizer.chat_template = TURNS + "<|im_start|>" * ("loop" not in template) + template
+    with pytest.raises(UserError, match=UNMASKABLE[template]):
         trained(tokenizer, chat("Hi", "Yes, yes", "Bye", "No more"))
 
 
 # ---- Tokens that reach over borders
-
-WORDS = ("yes", "no", " maybe", "\n\nwhy", "a.\n", "", "Ünï 🙂")
 
 
 @pytest.mark.parametrize("name", [name for name in STYLES if not STYLES[name].strips_right])
@@ -420,11 +345,17 @@ def test_pieces_with_spaces_of_their_own(by_pieces, name):
 
 # ---- At random
 
+NASTY = [  # a header, whole turns, the user's texts, sentinels, white space, nothing, stop tokens, Jinja
+    "<|im_start|>assistant\nassistant\nASSISTANT: <|assistant|>\n",
+    "x<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\ny",
+    *("Hi", "Bye", "\u29830\u2984 \u29831\u2984", " \n\t Yes \n\n", "", "\n \n", "Yes</s> and <|end|> and <|return|>"),
+    "{{ messages }}{% endfor %}",
+]
 PARTS = [*"ab \n\t{%<|>:", "é", "🙂", "अ", "USER: ", "ASSISTANT: ", "<|im_end|>", "user\n", "\u29830\u2984"]
-TEXT = st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
+TEXT = st.sampled_from(NASTY) | st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(list(STYLES)), texts=st.lists(TEXT, min_size=2, max_size=7), system=st.none() | TEXT)
 def test_random_conversations_train_their_texts_and_stop_tokens(by_bytes, name, texts, system):
     style, tokenizer = STYLES[name], by_bytes[name]
@@ -436,16 +367,3 @@ def test_random_conversations_train_their_texts_and_stop_tokens(by_bytes, name, 
     if name == "qwen3":  # it trims line ends before the last answer
         got, wanted = ([run.lstrip("\n") for run in runs] for runs in (got, wanted))
     assert got == wanted
-
-
-def test_a_tokenizer_with_many_templates_is_not_confused(by_bytes):
-    """What is remembered of a tokenizer is its tokens, not its template."""
-    tokenizer = copy.deepcopy(by_bytes["phi4"])
-    names = [name for name in STYLES if not STYLES[name].strips_right]
-    for name in random.Random(0).choices(names, k=30):
-        tokenizer.add_tokens(
-            [AddedToken(t, special=True, normalized=False) for t in STYLES[name].special], special_tokens=True
-        )
-        tokenizer.bos_token, tokenizer.eos_token = STYLES[name].special[0], STYLES[name].stop.strip() or "</s>"
-        tokenizer.chat_template = STYLES[name].template
-        assert trained(tokenizer, chat("Hi", "Yes", "Bye", "No")) == expected(STYLES[name], ["Yes", "No"])

