@@ -520,10 +520,10 @@ class ChunkedLM(nn.Module):
         self.vocab_size = vocab_size or model.config.get_text_config().vocab_size
         self.kernel: Callable[..., Tensor] | None = None  # None: batches are padded
         self.batches = f"padded batches, {model.config._attn_implementation} attention"
-        if attn != "eager":
-            kernel, name = pick_kernel(attn, model.device, dtype)
-            if self.try_packing(kernel):
-                self.kernel, self.batches = kernel, f"packed batches, {name} attention"
+        kernels = [] if attn == "eager" else [pick_kernel(attn, model.device, dtype), (loop_of_sdpa, "sdpa")]
+        for kernel, name in kernels[:1] if attn == "flash_attention_2" else kernels:
+            if self.kernel is None and self.try_packing(kernel):
+                self.batches = f"packed batches, {name} attention"
 
     @torch.no_grad()
     def try_packing(self, kernel: Callable[..., Tensor]) -> bool:

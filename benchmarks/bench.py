@@ -3,7 +3,7 @@
     pip install trl  # for this benchmark only; or in another environment: --trl-python PATH
     python benchmarks/bench.py --model SmolLM2-135M-Instruct --output bench
     python benchmarks/bench.py --model SmolLM2-135M-Instruct --output bench-quick --quick
-    git worktree add ../old v0.1.0 && python benchmarks/bench.py --model tiny --output bench-old --old ../old --rivals
+    git worktree add ../old REVISION; python benchmarks/bench.py --model tiny --output bench-old --rivals --old ../old
 
 The work, in float32 on a CPU and under bf16 autocast on a GPU, TRL's gradient checkpointing off but for `tuned`'s try:
 

@@ -57,8 +57,8 @@ def main(args: Args) -> None:
                 for mb in common.micro_batches(run, ids, mask):
                     logprobs[mb] = common.token_logprobs(policy, ids[mb], mask[mb], sampled[mb], temperature).double()
             gap = common.check_gap(run, logprobs, engine_logprobs, sampled)
-            numbers = ", ".join(f"{name.removeprefix('policy/')} {value:.2g}" for name, value in gap.items())
-            print(f"trainer's temperature {temperature} {words}: {numbers}")
+            mean, largest = gap["policy/logprob_gap"], gap["policy/logprob_gap_max"]
+            print(f"trainer's temperature {temperature} {words}: mean {mean:.2g}, largest {largest:.2g}")
 
 
 if __name__ == "__main__":
