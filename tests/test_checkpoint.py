@@ -36,7 +36,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path):
     assert common.newest_checkpoint(tmp_path) == (tmp_path / "step_1", 1)
 
 
-def test_leftovers_and_broken_checkpoints_are_skipped_with_the_reason(tmp_path, capsys):
+def test_leftovers_and_broken_checkpoints_are_skipped_and_named(tmp_path, capsys):
     for step in (1, 2, 3, 10):
         common.publish(tmp_path / f"step_{step}", fill, step)
     (tmp_path / "step_10" / "weights").write_text("")  # truncated
@@ -45,8 +45,8 @@ def test_leftovers_and_broken_checkpoints_are_skipped_with_the_reason(tmp_path, 
     (tmp_path / "step_x").mkdir()
     assert common.newest_checkpoint(tmp_path) == (tmp_path / "step_2", 2)
     skipped = capsys.readouterr().err
-    assert "step_10, not a whole checkpoint: weights" in skipped
-    assert "step_3" in skipped
+    assert "step_10, not a whole checkpoint" in skipped
+    assert "step_3, not a whole checkpoint" in skipped
     common.publish(tmp_path / "step_10", fill, 10)  # a broken one can be replaced
     assert common.newest_checkpoint(tmp_path)[1] == 10
     assert common.newest_checkpoint(tmp_path / "absent") == (None, 0)

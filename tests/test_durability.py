@@ -30,10 +30,8 @@ def save(tmp_path, monkeypatch):
     """The real save_checkpoint, with small plain files for the model."""
     monkeypatch.setattr(common, "save_model", write_plain)
     monkeypatch.setattr(common, "save_file", lambda state, path: path.write_bytes(b"moments"))
-    optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}})
-    run = types.SimpleNamespace(
-        folder=tmp_path, accelerator=Accelerator(cpu=True), checkpoint=None, optimizer=optimizer
-    )
+    run = types.SimpleNamespace(folder=tmp_path, accelerator=Accelerator(cpu=True))
+    run.optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}})
 
     def save(step):
         run.step = step
