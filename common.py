@@ -638,10 +638,11 @@ def collate(sequences: Sequence[tuple[list, ...]], device: torch.device) -> list
     """(token ids, loss mask, ...) of each sequence -> token ids, attention mask, loss mask, ..., (B, T) each."""
     width = max(len(ids) for ids, *_ in sequences)
     columns = [[row + [0] * (width - len(row)) for row in column] for column in zip(*sequences, strict=True)]
-    input_ids, loss_mask, *others = (torch.tensor(column, device=device) for column in columns)
+    input_ids, loss_mask = (torch.tensor(column, device=device) for column in columns[:2])
+    others = [torch.tensor(column, device=device, dtype=torch.float64) for column in columns[2:]]
     loss_mask[:, 0] = 0  # nothing predicts the first token
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, *_ in sequences], device=device)
-    return [input_ids, attention_mask, loss_mask, *(tensor.double() for tensor in others)]
+    return [input_ids, attention_mask, loss_mask, *others]
 
 
 def micro_batches(
@@ -804,6 +805,8 @@ class HFEngine:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             output = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
             cache, states, mask = output[CACHE], output.last_hidden_state[rows, -1], mask[rows]  # states: (B, H)
+            if all(cache.is_linear):
+                raise UserError("all layers are recurrent, and transformers decodes them inexactly: take --engine vllm")
             cache.reorder_cache(rows)
             for t in range(max_new_tokens):
                 logprobs = self.lm.head(states, temperature or 1).log_softmax(-1)  # (B, V)
