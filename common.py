@@ -1244,8 +1244,9 @@ def save_checkpoint(run: Run) -> None:
         target = run.folder / f"step_{run.step}"
         if step_of(target) < 0 or run.step == 0:
             publish(target, write, run.step)
-        older = [path for path in checkpoints(run.folder) if 0 <= step_of(path) < run.step]
-        for path in older[:-1]:
+        older = [path for path in checkpoints(run.folder) if int(path.name.removeprefix("step_")) < run.step]
+        newest_whole = [path for path in older if step_of(path) >= 0][-1:]
+        for path in set(older) - set(newest_whole):  # also what a killed run left of one
             shutil.rmtree(path, ignore_errors=True)
 
     on_main_process(run.accelerator, publish_and_prune)

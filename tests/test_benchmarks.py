@@ -25,12 +25,9 @@ def test_figures_for_a_gpu_run_on_a_cpu(tmp_path):
     assert all(row["s"] > 0 for row in rows)
 
 
-def test_the_script_around_them_is_bash():
+def test_the_script_around_them_is_bash_and_bench_explains_its_flags():
     script = ROOT / "benchmarks" / "gpu" / "run.sh"
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
-
-
-def test_bench_explains_its_flags():
     done = run_script("benchmarks/bench.py", "--help")
     assert done.returncode == 0, done.stderr
     assert "--old-python" in done.stdout

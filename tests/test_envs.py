@@ -18,30 +18,14 @@ def reward(answer, completion):
     return MathEnv([], answer).get_reward(completion)
 
 
-@pytest.mark.parametrize("text", ["72", "72.", "72.00", "$72", r"\$72", "$72$", " 72 ", "+72", r"\text{ 72 }", "144/2"])
-def test_forms_of_one_number_are_all_correct(text):
-    assert reward("72", rf"so \boxed{{{text}}}") == 1.0
-
-
 NUMBERS = r"1,000 is 1000; 1,234,567.50 is 1234567.5; 3/4 is 3/4; 0.75 is 3/4; .75 is 3/4; - 3 / 4 is -3/4; -0 is 0"
-NUMBERS += r"; \frac{3}{4} is 3/4; -\dfrac{3}{ 4 } is -3/4; \text{ 5 } is 5; " + "\u22125 is -5"
-NO_NUMBERS = [
-    "1,00",
-    "7 2",
-    r"1\frac{1}{2}",
-    "3/0",
-    "1e3",
-    "72 apples",
-    "\u0661",
-    "nan",
-    "",
-    "2**3",
-    "__import__('os')",
-]
+NUMBERS += r"; \frac{3}{4} is 3/4; -\dfrac{3}{ 4 } is -3/4; \text{ 5 } is 5; 72. is 72; 72.00 is 72;  72  is 72"
+NUMBERS += r"; $72 is 72; \$72 is 72; $72$ is 72; 144/2 is 72; +72 is 72; " + "\u22125 is -5"
+NO_NUMBERS = r"1,00; 7 2; 1\frac{1}{2}; 3/0; 1e3; 72 apples; nan; 2**3; __import__('os'); " + "\u0661; "
 
 
-@pytest.mark.parametrize("case", [*NUMBERS.split("; "), *NO_NUMBERS])
-def test_parse_number(case):
+@pytest.mark.parametrize("case", f"{NUMBERS}; {NO_NUMBERS}".split("; "))
+def test_numbers_are_read_exactly_and_nothing_else_is(case):
     text, is_number, value = case.partition(" is ")
     assert parse_number(text) == (Fraction(value) if is_number else None)
 
@@ -68,11 +52,9 @@ def test_reward_levels():
 
 HOSTILE = {
     "digits": r"\boxed{" + "9" * 1_000_000 + "}",
-    "exponent": r"\boxed{1e999999999}",
-    "power": r"\boxed{9**9**9**9}",
+    "powers": r"\boxed{9**9**9**9} \boxed{1e999999999}",
     "open boxes": r"\boxed{" * 100_000,
     "nested boxes": r"\boxed{" * 100_000 + "}" * 100_000,
-    "braces": "{" * 1_000_000,
     "spaces": r"\boxed" + " " * 1_000_000,
     "text": r"\boxed{" + r"\text{" * 100_000 + "}" * 100_001,
     "fractions": r"\boxed{" + r"\frac{1}{2}" * 100_000 + "}",
@@ -142,14 +124,10 @@ class Gives(EnvBase):
 
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, None, "1.0", [1.0], {"score": 1}, (1.0,), 1j])
-def test_a_reward_that_is_no_number_stops_with_the_completion(reward):
-    with pytest.raises(
-        ValueError, match=rf"Gives.get_reward gave {re.escape(repr(reward))} for the completion 'hello'"
-    ):
+def test_a_reward_that_is_no_number_or_raises_stops_with_the_completion(reward):
+    told = rf"Gives.get_reward gave {re.escape(repr(reward))} for the completion 'hello'"
+    with pytest.raises(ValueError, match=told):
         envs.score(Gives([], reward), "hello")
-
-
-def test_a_reward_that_raises_stops_with_the_completion_and_the_cause():
     with pytest.raises(RuntimeError, match=r"Gives.get_reward raised ValueError: .* for the completion 'hel") as error:
         envs.score(Gives([], float), "hello")
     assert isinstance(error.value.__cause__, ValueError)
@@ -158,13 +136,6 @@ def test_a_reward_that_raises_stops_with_the_completion_and_the_cause():
 @pytest.mark.parametrize("reward", [1, True, 0.5, torch.tensor(0.5), Fraction(1, 2)])
 def test_numbers_of_any_kind_are_rewards(reward):
     assert envs.score(Gives([], reward), "hello") == float(reward)
-
-
-def test_rows_without_a_reward_are_found():
-    envs.require_rewards([Gives([]), MathEnv([], 1)])
-    assert envs.rows_without_reward([Gives([]), EnvBase([], 1), MathEnv([], 1)]) == [1]
-    with pytest.raises(UserError, match="row 1 has no reward"):
-        envs.require_rewards([Gives([]), EnvBase([], 1)])
 
 
 def test_data_order_is_a_permutation_an_epoch_and_a_function_of_the_position():
@@ -242,9 +213,8 @@ MALFORMED = [  # row, reason
     ({"messages": [turn("human", "x")]}, "role of system, developer, user, assistant, tool"),
     ({"messages": [turn("user", "x"), {"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
     ({"messages": [turn("assistant", "x", weight=1)]}, "has weight: write it into content, or drop"),
-    ({"messages": [turn("user", [{"type": "image"}])]}, "must be text, or a list of text parts"),
-    ({"messages": [{"role": "user"}]}, "must be text, or a list of text parts"),
-    *[({"messages": [turn("user", None)]}, "must be text"), ({"messages": [{"content": "x"}]}, "role")],
+    *[({"messages": [turn("user", wrong)]}, "must be text, or a list of") for wrong in ([{"type": "image"}], None)],
+    *[({"messages": [{"role": "user"}]}, "must be text, or a list of"), ({"messages": [{"content": "x"}]}, "role")],
     *[({"messages": []}, "at least one message"), ({"messages": [turn("user", "x")]}, "no assistant turn")],
     *[({"text": "x"}, r"neither messages nor prompt in \['text'\]"), ({"prompt": 3, "answer": 1}, "must be a list")],
     *[({"prompt": "x", "answer": wrong}, "must be text or a number") for wrong in ([1], math.nan)],
@@ -274,14 +244,12 @@ def test_files_as_other_tools_write_them(tmp_path):
 
 
 def test_missing_and_empty_files(tmp_path):
-    for name in ("missing.jsonl", "missing.py:f"):
-        with pytest.raises(UserError, match="no such file"):
-            load_dataset(str(tmp_path / name))
-    with pytest.raises(UserError, match="no rows"):
-        load_dataset(write(tmp_path / "empty.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(UserError, match="a folder"):
-        load_dataset(str(tmp_path / "folder.jsonl"))
+    write(tmp_path / "empty.jsonl")
+    cases = ("missing.jsonl", "no such file"), ("missing.py:f", "no such file"), ("empty.jsonl", "no rows")
+    for name, reason in (*cases, ("folder.jsonl", "a folder")):
+        with pytest.raises(UserError, match=reason):
+            load_dataset(str(tmp_path / name))
 
 
 def test_function_of_a_file(tmp_path):
@@ -296,42 +264,24 @@ def test_function_of_a_file(tmp_path):
             load_dataset(f"{tmp_path}/mine.py:{name}")
 
 
-def test_local_folder_by_the_datasets_library(tmp_path, monkeypatch):
+def test_folders_and_columns_of_the_datasets_library(tmp_path, monkeypatch):
+    """Columns have one type, with None where a row lacks a key."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "data"
-    folder.mkdir()
-    write(folder / "train.jsonl", {"question": "1+1?", "answer": "2"})
-    write(folder / "test.jsonl", {"question": "2+2?", "answer": "4"}, {"question": "3+3?", "answer": "6"})
-    assert [e.answer for e in load_dataset(str(folder))] == ["2"]
-    assert [e.answer for e in load_dataset(str(folder), "eval")] == ["4", "6"]
+    roles = ("user", "assistant", "tool", "assistant")
+    chat = [turn(role, text) for role, text in zip(roles, ("hi", "call", "5", "yes"), strict=True)]
+    chat[2]["tool_call_id"] = "a"
+    rows = [({"messages": chat, "source": "x"}, "yes"), ({"prompt": "hi", "completion": "yes"}, "yes")]
+    rows += [({"question": "hi", "answer": "2"}, r"\boxed{2}"), ({"prompt": chat[:1], "answer": 5}, r"\boxed{5}")]
+    for number, (row, target) in enumerate(rows):
+        (tmp_path / str(number)).mkdir()
+        write(tmp_path / str(number) / "train.jsonl", row)
+        write(tmp_path / str(number) / "test.jsonl", row, row)
+        (env,) = load_dataset(f"{tmp_path}/{number}")
+        assert (env.prompt[0]["content"], env.get_target()) == ("hi", target)
+        assert [e.answer for e in load_dataset(f"{tmp_path}/{number}", "eval")] == [env.answer] * 2
+    (tmp_path / "text").mkdir()
+    write(tmp_path / "text" / "train.jsonl", {"text": "x", "label": 1})
+    with pytest.raises(UserError, match=r"train row 0: neither messages nor prompt in \['text', 'label'\]"):
+        load_dataset(f"{tmp_path}/text")
     with pytest.raises(UserError, match="cannot load dataset"):
         load_dataset("no-such/dataset-anywhere")
-
-
-def test_columns_of_hub_datasets(tmp_path, monkeypatch):
-    """What the library reads: columns of one type, with None where a row lacks a key."""
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    chat = [
-        turn("user", "hi"),
-        turn("assistant", "call"),
-        turn("tool", "5", tool_call_id="a"),
-        turn("assistant", "yes"),
-    ]
-    rows = [({"messages": chat, "source": "x"}, "yes"), ({"prompt": "hi", "completion": "yes"}, "yes")]
-    rows += [({"prompt": chat[:1], "answer": 5}, r"\boxed{5}"), ({"text": "x", "label": 1}, None)]
-    for number, (row, target) in enumerate(rows):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        write(folder / "train.jsonl", row)
-        if target is None:
-            with pytest.raises(UserError, match=r"train row 0: neither messages nor prompt in \['text', 'label'\]"):
-                load_dataset(str(folder))
-        else:
-            (env,) = load_dataset(str(folder))
-            assert (env.prompt[0]["content"], env.get_target()) == ("hi", target)
-
-
-def test_ranges_belong_to_math_alone(tmp_path):
-    path = write(tmp_path / "data.jsonl", {"prompt": "x", "answer": 1})
-    with pytest.raises(UserError, match="--min-val"):
-        load_dataset(path, min_val=3)

@@ -25,4 +25,4 @@ def test_ten_steps_are_the_recorded_ones(tmp_path, script):
         drift = sum((a - b) / abs(b) for a, b in zip(now, then, strict=True)) / len(then)
         assert abs(drift) < tolerance / 4  # a change that is small but always to one side
     for now, then in zip(one["steps"], golden["steps"], strict=True):
-        assert now.get("reward/mean") == then.get("reward/mean")
+        assert now.get("reward/mean", 0) == pytest.approx(then.get("reward/mean", 0), rel=1e-12)  # the order of a sum

@@ -51,11 +51,8 @@ def test_on_policy_loss_and_gradient_by_hand():
     loss, gradient, sums = loss_and_gradient(old, old, tensor(2.0, -1.0), mask, denominator=3)
     assert loss == pytest.approx(-(2 + 2 - 1) / 3)
     torch.testing.assert_close(gradient, tensor([0, -2, -2], [0, 1, 0]) / 3)
-    assert {name: value.item() for name, value in sums.items()} == {
-        "loss/policy": -3.0,
-        "policy/ratio_mean": 3.0,
-        "policy/clip_frac": 0.0,
-    }
+    expected = {"loss/policy": -3.0, "policy/ratio_mean": 3.0, "policy/clip_frac": 0.0}
+    assert {name: value.item() for name, value in sums.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -81,15 +78,8 @@ def test_kl_value_and_gradient_by_hand():
     logprobs, old, ref = (tensor([0.0, math.log(p)]) for p in (0.5, 0.4, 0.2))
     ratio, d = 0.5 / 0.4, math.log(0.2 / 0.5)
     k3 = math.exp(d) - d - 1
-    loss, gradient, sums = loss_and_gradient(
-        logprobs,
-        old,
-        torch.zeros(1, dtype=F64),
-        torch.tensor([[0, 1]]),
-        denominator=1,
-        ref_logprobs=ref,
-        kl_penalty=0.3,
-    )
+    inputs = (logprobs, old, tensor(0.0), torch.tensor([[0, 1]]))
+    loss, gradient, sums = loss_and_gradient(*inputs, denominator=1, ref_logprobs=ref, kl_penalty=0.3)
     assert loss == pytest.approx(0.3 * ratio * k3)
     assert sums["loss/kl"].item() == pytest.approx(ratio * k3)
     # d/dlogprob of ratio * (e^d - d - 1): the ratio is live, and dd/dlogprob = -1
@@ -103,14 +93,11 @@ def test_expected_kl_gradient_is_that_of_the_kl_divergence():
     logp = logits.log_softmax(-1)
     (exact,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
     rows, mask = logp[:, None].expand(5, 2), torch.tensor([[0, 1]] * 5)
-    per_token = [
-        grpo_loss(
-            *(rows[i : i + 1], rows[i : i + 1].detach(), torch.zeros(1, dtype=F64), mask[:1]),
-            **(CLIP | {"loss_type": "dapo", "denominator": 1, "kl_penalty": 1.0}),
-            ref_logprobs=ref[i].expand(1, 2),
-        )[0]
-        for i in range(5)
-    ]
+    options = CLIP | {"loss_type": "dapo", "denominator": 1, "kl_penalty": 1.0}
+    per_token = []
+    for i in range(5):
+        inputs = (rows[i : i + 1], rows[i : i + 1].detach(), tensor(0.0), mask[:1])
+        per_token.append(grpo_loss(*inputs, ref_logprobs=ref[i].expand(1, 2), **options)[0])
     expected = sum(p * loss for p, loss in zip(logp.exp().detach(), per_token, strict=True))
     torch.testing.assert_close(torch.autograd.grad(expected, logits)[0], exact)
 
@@ -188,17 +175,10 @@ def test_value_and_gradient_are_those_of_the_paper(loss_type, beta, weighted):
     rewards = tensor([0.0, 1.0, 0.1], [1.0, 0.1, 0.1])
     weights = 2 * torch.rand_like(logprobs) if weighted else torch.ones_like(logprobs)
     denominator = {"dapo": mask.sum().item(), "grpo": 6, "dr_grpo": 6 * 9}[loss_type]
-    loss, gradient, _ = loss_and_gradient(
-        logprobs,
-        old,
-        group_advantages(rewards, "group").flatten(),
-        mask,
-        denominator=denominator,
-        loss_type=loss_type,
-        ref_logprobs=ref if beta else None,
-        kl_penalty=beta,
-        importance_weights=weights if weighted else None,
-    )
+    options = {"ref_logprobs": ref if beta else None, "importance_weights": weights if weighted else None}
+    options |= {"denominator": denominator, "loss_type": loss_type, "kl_penalty": beta}
+    advantages = group_advantages(rewards, "group").flatten()
+    loss, gradient, _ = loss_and_gradient(logprobs, old, advantages, mask, **options)
 
     def naive(x):
         columns = (x.tolist(), old.tolist(), ref.tolist(), rewards.tolist(), mask.tolist(), weights.tolist())
@@ -218,9 +198,8 @@ def test_nothing_trained_is_finite_and_inputs_stay_as_they_are():
     logprobs, old, advantages, mask, _ = random_case()
     copies = [t.clone() for t in (logprobs, old, advantages, mask)]
     for loss_type in ("dapo", "grpo", "dr_grpo"):
-        loss, gradient, sums = loss_and_gradient(
-            logprobs, old, advantages, torch.zeros_like(mask), loss_type=loss_type, denominator=1
-        )
+        options = {"loss_type": loss_type, "denominator": 1}
+        loss, gradient, sums = loss_and_gradient(logprobs, old, advantages, torch.zeros_like(mask), **options)
         assert loss == 0
         assert not gradient.any()
         assert all(value == 0 for value in sums.values())
@@ -228,9 +207,7 @@ def test_nothing_trained_is_finite_and_inputs_stay_as_they_are():
 
 
 def test_padding_cannot_reach_the_gradient():
-    logprobs, mask = tensor([math.nan, -1.0]), torch.tensor([[0, 1]])
-    ref = tensor([math.inf, -1.0])
-    _, gradient, _ = loss_and_gradient(
-        logprobs, logprobs, torch.ones(1, dtype=F64), mask, denominator=1, ref_logprobs=ref, kl_penalty=0.1
-    )
+    logprobs, ref = tensor([math.nan, -1.0]), tensor([math.inf, -1.0])
+    inputs = (logprobs, logprobs, tensor(1.0), torch.tensor([[0, 1]]))
+    _, gradient, _ = loss_and_gradient(*inputs, denominator=1, ref_logprobs=ref, kl_penalty=0.1)
     assert gradient.tolist() == [[0, -1]]

@@ -56,15 +56,9 @@ def test_grpo_writes_its_folder_and_says_how_it_goes(tmp_path):
     assert f"before/after eval/accuracy {before:.4f} -> {after:.4f}" in told
 
 
-@pytest.fixture
-def run(tmp_path, capsys):
-    args = grpo.Args(output_dir=str(tmp_path / "run"), num_steps=200, logging_steps=2, num_samples=4, eval_steps=0)
+def test_pairs_are_divided_once_and_steps_between_log_only_what_was_evaluated(tmp_path):
+    args = grpo.Args(output_dir=str(tmp_path / "run"), logging_steps=2, num_samples=4, eval_steps=0)
     run = common.Run(args, "grpo.py", (1.0, 1.0), None, None)
-    capsys.readouterr()
-    return run
-
-
-def test_pairs_are_divided_once_and_steps_between_log_only_what_was_evaluated(run):
     run.log(1, {"reward/mean": (torch.tensor(3.0), 4), "optim/lr": 0.5, "loss/kl": (0.0, 0)}, [{"completion": "a"}])
     run.log(3, {"reward/mean": (1, 2)}, [{"completion": "b"}])
     run.log(5, {"reward/mean": (1, 2), "eval/accuracy": 0.25})
@@ -73,26 +67,6 @@ def test_pairs_are_divided_once_and_steps_between_log_only_what_was_evaluated(ru
     assert one.get("loss/kl", 0) == 0  # nothing was counted
     assert other == {"step": 5, "eval/accuracy": 0.25}
     assert read(run.folder / "completions.jsonl") == [{"step": 1, "completion": "a"}]
-
-
-@pytest.mark.parametrize("name", common.WARNINGS)
-def test_a_metric_above_its_limit_warns_and_not_again_for_fifty_steps(run, name, capsys):
-    limit, words = common.WARNINGS[name]
-    warned = []
-    for step in range(2, 112, 2):
-        run.log(step, {name: limit if step < 10 else 1.0})
-        warned += [step for line in capsys.readouterr().out.splitlines() if line == f"warning    {words}"]
-    assert warned == [10, 60, 110]
-
-
-def test_step_one_is_on_policy_and_what_the_seed_says_however_it_is_cut(tmp_path):
-    for budget in (4096, 200):
-        done = run_main("grpo.py", *FAST, "--output-dir", tmp_path / f"{budget}", "--micro-batch-tokens", budget)
-        assert done.returncode == 0, done.stderr
-    one, two = (read_metrics(tmp_path / f"{budget}")[0] for budget in (4096, 200))
-    assert (one["policy/ratio_mean"], one["policy/clip_frac"]) == (pytest.approx(1.0, abs=1e-6), 0)
-    for name in METRICS:
-        assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
 
 
 def test_group_of_equal_rewards_everywhere_means_no_update(tmp_path):
@@ -109,14 +83,9 @@ def test_group_of_equal_rewards_everywhere_means_no_update(tmp_path):
 def test_a_given_chat_template_is_used_and_saved(tmp_path):
     mine = tmp_path / "mine.jinja"
     mine.write_text("{% for m in messages %}{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}assistant>")
-    for script in ("sft.py", "grpo.py", "onpolicy_distill.py"):
-        flags = [*FAST, "--chat-template", mine, "--max-val", 9]
-        done = run_main(script, *flags, "--output-dir", tmp_path / script)
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / script / "final" / "chat_template.jinja").read_text() == mine.read_text()
-    flags = ["--model", tmp_path / "grpo.py" / "final", "--num-samples", 2, "--max-new-tokens", 4]
-    done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out", "--chat-template", mine)
+    done = run_main("grpo.py", *FAST, "--chat-template", mine, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "final" / "chat_template.jinja").read_text() == mine.read_text()
 
 
 def test_evaluate_writes_results_and_agrees_with_the_trainer_on_the_same_problems(tmp_path):
@@ -139,25 +108,24 @@ def test_evaluate_writes_results_and_agrees_with_the_trainer_on_the_same_problem
 
 
 def test_two_evaluations_are_compared_problem_by_problem(tmp_path):
-    flags = ["--num-samples", 40, "--max-new-tokens", 24]
-    assert run_main("evaluate.py", *flags, "--output-dir", tmp_path / "one").returncode == 0
-    flags = ["--model", "tiny-teacher", "--max-new-tokens", 24, "--compare", tmp_path / "one" / "results.jsonl"]
-    done = run_main("evaluate.py", *flags, "--num-samples", 40, "--output-dir", tmp_path / "two")
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    flags = ["--max-new-tokens", 24, "--num-samples", 40, "--output-dir"]
+    assert run_main("evaluate.py", *flags, one).returncode == 0
+    flags = ["--model", "tiny-teacher", "--compare", one / "results.jsonl", *flags]
+    done = run_main("evaluate.py", *flags, two)
     assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    one, two = ([r["reward"] >= 1 for r in read(tmp_path / name / "results.jsonl")] for name in ("one", "two"))
-    assert metrics["compare/accuracy"] == pytest.approx(sum(one) / 40)
-    assert metrics["compare/difference"] == pytest.approx((sum(two) - sum(one)) / 40)
+    metrics = json.loads((two / "metrics.json").read_text())
+    before, after = (np.array([r["reward"] >= 1 for r in read(f / "results.jsonl")], float) for f in (one, two))
+    assert metrics["compare/accuracy"] == pytest.approx(before.mean())
+    assert metrics["compare/difference"] == pytest.approx((after - before).mean())
     width = metrics["compare/difference_high"] - metrics["compare/difference_low"]
-    spread = np.std(np.array(two, float) - np.array(one, float)) / 40**0.5
-    assert width == pytest.approx(2 * 1.96 * spread, rel=0.2)  # the bootstrap's is that of the paired differences
+    assert width == pytest.approx(2 * 1.96 * np.std(after - before) / 40**0.5, rel=0.2)  # of the paired differences
     assert "compared   accuracy" in done.stdout
-    for other in (["--num-samples", 39], ["--num-samples", 40, "--seed", 2], ["--num-samples", 40, "--max-val", 9]):
-        done = run_main("evaluate.py", *flags, *other, "--output-dir", tmp_path / "three")
-        assert (done.returncode, done.stderr.count("\n"), "problem" in done.stderr) == (2, 1, True)
-    done = run_main("evaluate.py", "--compare", tmp_path / "one" / "metrics.json", "--output-dir", tmp_path / "three")
-    assert (done.returncode, "not the results.jsonl" in done.stderr) == (2, True)
-    assert not (tmp_path / "three").exists()
+    for more in (["--num-samples", 39], ["--seed", 2], ["--max-val", 9], ["--compare", one / "metrics.json"]):
+        done = run_main("evaluate.py", *flags, other, *more)
+        reason = "not the results.jsonl" if "--compare" in more else "problem"
+        assert (done.returncode, done.stderr.count("\n"), reason in done.stderr) == (2, 1, True)
+    assert not other.exists()
 
 
 def test_pass_at_k_by_hand():
@@ -225,23 +193,18 @@ def test_the_correction_reaches_the_gradient(tmp_path, monkeypatch):
 MISTAKES = {  # flags, or the text of a dataset; and what the line says
     "unknown model": (["--model", "no/such-model"], "cannot load"),
     "folder without a model": (["--model", str(ROOT / "tests")], "cannot load"),
-    "missing file": (["--dataset", "missing.jsonl"], "no such file"),
-    "empty file": ("", "no rows"),
-    "malformed file": ('{"prompt": "a"\n', "data.jsonl:1"),
     "no answer": ('{"prompt": "a", "target": "b"}', "row 0 has no reward"),
     "long prompt": (json.dumps({"prompt": "a" * 600, "answer": 1}), "the prompt of row 0 has 6"),
     "group of 1": (["--group-size", 1], "--group-size is 1"),
-    "temperature 0": (["--temperature", 0], "--temperature is 0.0"),
-    "NaN": (["--learning-rate", "nan"], "--learning-rate is nan"),
-    "min above max": (["--min-val", 9, "--max-val", 3], "min_val is above max_val"),
     "bad JSON": (["--chat-template-args", "{"], "--chat-template-args {"),
-    "no object for vLLM": (["--vllm-args", "[1]"], "--vllm-args [1]"),
     "arguments of another engine": (["--vllm-args", '{"seed": 1}'], "add --engine vllm"),
     "flash-attn on a CPU": (["--attn", "flash_attention_2"], "--attn flash_attention_2 needs a GPU, bf16"),
     "ranges of another dataset": (["--dataset", "gsm8k", "--operand", "add"], "--operand"),
     "folder in the way": (["--output-dir", str(ROOT / "README.md")], "README.md"),
     "resume of nothing": (["--resume", "--output-dir", "None"], "--resume needs --output-dir"),
 }
+if importlib.util.find_spec("vllm") is None:
+    MISTAKES["no vLLM"] = ["--engine", "vllm"], "--engine vllm: not installed: pip install vllm"
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -258,31 +221,10 @@ def test_a_mistake_is_one_line_and_code_2(name, tmp_path):
     assert not (tmp_path / "run" / "args.json").exists()
 
 
-def test_a_mistake_in_a_real_terminal_leaves_no_traceback():
+def test_in_a_real_terminal_a_mistake_leaves_no_traceback_and_a_bug_does():
     for script, flags in (("evaluate.py", ["--model", "no/such-model"]), ("sft.py", ["--operand", "pow"])):
         done = run_script(script, *flags)
         assert done.returncode == 2, (script, flags, done.stderr)
         assert "Traceback" not in done.stdout + done.stderr
-
-
-def test_out_of_memory_is_advice_and_a_bug_a_traceback(capsys):
-    def fail(error):
-        raise error
-
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(SystemExit) as ending:
-            common.run(fail, error)
-        assert ending.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "lower --micro-batch-tokens" in line
     with pytest.raises(ZeroDivisionError):
-        common.run(fail, ZeroDivisionError())
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-@pytest.mark.parametrize("script", ["grpo.py", "onpolicy_distill.py", "sft.py", "evaluate.py"])
-def test_without_vllm_one_line_says_how_to_install_it(script, tmp_path):
-    done = run_main(script, "--engine", "vllm", "--output-dir", tmp_path / "run")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("error: --engine vllm: not installed: pip install vllm")
-    assert not (tmp_path / "run").exists()
+        common.run(lambda args: 1 / args, 0)

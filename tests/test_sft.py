@@ -3,11 +3,10 @@
 import copy
 import json
 import math
-import shutil
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics, run_main, run_script
+from conftest import read_metrics, run_main, run_script
 
 import common
 import sft
@@ -79,21 +78,6 @@ def test_trained_tokens_are_coloured(tokenizer):
     ids, mask = common.encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     text = sft.show(tokenizer, ids, mask)
     assert [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)] == ["«b<|im_end|>»"]
-
-
-@pytest.mark.slow
-def test_a_model_whose_pad_is_its_stop_token_learns_to_stop(tmp_path):
-    """Trained on short answers from random weights, its completions end by themselves."""
-    shutil.copytree(ROOT / "models" / "tiny", tmp_path / "model")
-    config = tmp_path / "model" / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<|im_end|>"}))
-    flags = ["--model", tmp_path / "model", "--from-scratch", "--learning-rate", 2e-3, "--num-steps", 60]
-    done = run_main("sft.py", *flags, "--max-val", 9, "--eval-steps", 0, "--output-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    flags = ["--model", tmp_path / "run" / "final", "--num-samples", 64, "--max-new-tokens", 32, "--temperature", 1]
-    done = run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["completion/truncated_frac"] <= 0.05
 
 
 def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, tmp_path):

@@ -58,7 +58,7 @@ QWEN3 = """{% set ns = namespace(last_user=-1) %}
 LLAMA3 = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 GEMMA = "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-MISTRAL = "{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.role == 'system' %}[SYSTEM]{{ m.content }}"
+BE_HELPFUL = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
 LLAMA2 = "{% if m.role == 'user' %}<s>[INST] {{ m.content.strip() }} [/INST]"
 LLAMA2 += "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>{% endif %}"
 DEEPSEEK = "{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}<｜Assistant｜>"
@@ -68,13 +68,7 @@ GPT_OSS = "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }
 GPT_OSS += "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
 STYLES = {
     "qwen2.5": Style(
-        turns(
-            CHATML,
-            "<|im_start|>assistant\n",
-            "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}",
-        ),
-        "<|im_start|> <|im_end|> <|endoftext|>",
-        "<|im_end|>",
+        turns(CHATML, "<|im_start|>assistant\n", BE_HELPFUL), "<|im_start|> <|im_end|> <|endoftext|>", "<|im_end|>"
     ),
     "qwen3": Style(QWEN3, "<|im_start|> <|im_end|> <think> </think>", "<|im_end|>"),
     "llama3": Style(
@@ -90,11 +84,6 @@ STYLES = {
         trims=True,
         system=False,
     ),
-    "mistral": Style(
-        turns(MISTRAL + "{% else %} {{ m.content }}</s>{% endif %}", before="{{ bos_token }}"),
-        "<s> [INST] [/INST] </s>",
-        "</s>",
-    ),
     "llama2, a space before the stop token": Style(turns(LLAMA2), "<s> </s>", " </s>", trims=True),
     "phi3, tokens that swallow the line's end": Style(
         turns("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n"),
@@ -107,10 +96,7 @@ STYLES = {
         "<｜begin▁of▁sentence｜> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>",
         "<｜end▁of▁sentence｜>",
     ),
-    "zephyr, headers that are text": Style(
-        turns("<|{{ m.role }}|>\n{{ m.content + eos_token }}\n", "<|assistant|>\n"), "<s> </s>", "</s>"
-    ),
-    "vicuna, without line ends": Style(
+    "vicuna, headers that are text": Style(
         turns(VICUNA + "{% else %}{{ m.content }} {% endif %}", "ASSISTANT: "), "<s> </s>", "</s>"
     ),
     "glm4, without an end of turn": Style(
@@ -208,9 +194,11 @@ def test_every_family_trains_texts_and_stop_tokens(by_bytes, name):
             trained(tokenizer, chat("Hi", "No", system="Yes or No?"))
 
 
-def test_a_prompt_is_the_beginning_of_its_conversation(tokenizer):
-    ids, mask = common.encode_chat(tokenizer, chat("a", "b", "c", "d"))
-    prompt = common.encode_prompt(tokenizer, chat("a", "b", "c"))
+def test_a_prompt_is_the_beginning_of_its_conversation_also_in_parts(tokenizer):
+    parts = [[{"type": "text", "text": part} for part in text.split()] for text in ("a a", "b", "c c", "d d")]
+    ids, mask = common.encode_chat(tokenizer, chat(*parts))
+    assert (ids, mask) == common.encode_chat(tokenizer, chat("aa", "b", "cc", "dd"))
+    prompt = common.encode_prompt(tokenizer, chat(*parts[:3]))
     assert ids[: len(prompt)] == prompt
     assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
     with pytest.raises(UserError, match="nothing to train"):
@@ -242,14 +230,6 @@ def test_tool_messages_and_consecutive_turns(by_bytes):
     headless.chat_template = TURNS + "{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="once, after a header"):
         trained(headless, twice)
-
-
-def test_content_in_parts(by_bytes):
-    parts = [{"type": "text", "text": "Ye"}, {"type": "text", "text": "s"}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
-    assert trained(by_bytes["llama3"], messages) == ["Yes<|eot_id|>"]
-    one, other = (common.encode_prompt(by_bytes["llama3"], prompt) for prompt in (messages[:1], chat("Yes")))
-    assert one == other
 
 
 def test_thinking_trains_where_the_template_keeps_it(by_bytes):
@@ -333,9 +313,7 @@ def test_a_token_over_a_border_belongs_where_it_ends(by_merges, name):
     assert across > 0 or not name.startswith("vicuna")  # whose header ends in a space
 
 
-@pytest.mark.parametrize(
-    "name", ["mistral", "llama2, a space before the stop token", "gemma", "vicuna, without line ends"]
-)
+@pytest.mark.parametrize("name", ["llama2, a space before the stop token", "gemma", "vicuna, headers that are text"])
 def test_pieces_with_spaces_of_their_own(by_pieces, name):
     style, tokenizer = STYLES[name], by_pieces[name]
     for answers in (("yes", "no no"), ("perhaps, oh yes!", "🙂 no"), ("Да", "yes\nno")):
