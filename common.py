@@ -577,7 +577,9 @@ class ChunkedLM(nn.Module):
     def head(self, states: Tensor, temperature: float = 1) -> Tensor:
         """(n, H) -> logits divided by the temperature, (n, V), in float32 at least."""
         with self.autocast():
-            logits = self.model.get_output_embeddings()(states)[:, : self.vocab_size]
+            logits = self.model.get_output_embeddings()(states)
+        if logits.shape[1] > self.vocab_size:  # a slice of all of them would still be copied in backward
+            logits = logits[:, : self.vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if temperature == 1 else logits / temperature
 
