@@ -584,7 +584,13 @@ class ChunkedLM(nn.Module):
         return logits if temperature == 1 else logits / temperature
 
     def forward(
-        self, ids: Tensor, mask: Tensor, loss_mask: Tensor, temperature: float, chunk_fn: Callable, *per_token: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        temperature: float,
+        chunk_fn: Callable,
+        *per_token: Tensor,
     ) -> tuple[Tensor, ...]:
         """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and rows of `per_token`.
 
@@ -594,8 +600,8 @@ class ChunkedLM(nn.Module):
         def of_chunk(states: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
             return chunk_fn(self.head(states, temperature), *rest)
 
-        states = self.states(ids, mask, loss_mask)  # (N, H)
-        targets = ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
+        states = self.states(input_ids, attention_mask, loss_mask)  # (N, H)
+        targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         size, results = max(HEAD_LOGITS // self.vocab_size, 1), []
         for chunk in zip(*(t.split(size) for t in (states, targets, *per_token)), strict=True):
             results.append(checkpoint(of_chunk, *chunk, use_reentrant=False))
@@ -617,16 +623,22 @@ def at_positions(values: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    model: nn.Module, ids: Tensor, mask: Tensor, loss_mask: Tensor, temperature: float = 1, entropy: bool = False
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
 ) -> Any:
     """Log-prob of each trained token under the distribution that is sampled from, 0 elsewhere. (B, T)
 
     `model`: a `ChunkedLM`, wrapped for many processes or not, or a plain Hugging Face model. Tensors are (B, T), padded
-    on either side (`mask`: the attention mask); column t speaks of token t. With `entropy` a pair: the second is the
-    entropy of each of these distributions in nats, without gradient.
+    on either side; column t speaks of token t. With `entropy` a pair: the second is the entropy of each of these
+    distributions in nats, without gradient.
     """
     model = ChunkedLM(model) if isinstance(model, PreTrainedModel) else model
-    values = model(ids, mask, loss_mask, temperature, functools.partial(logprob_of, entropy=entropy))  # (N,) each
+    chunk_fn = functools.partial(logprob_of, entropy=entropy)
+    values = model(input_ids, attention_mask, loss_mask, temperature, chunk_fn)  # (N,) each
     values = [at_positions(value, loss_mask) for value in values]
     return values if entropy else values[0]
 
@@ -758,7 +770,10 @@ class HFEngine:
 
     def __init__(self, lm: ChunkedLM, tokenizer: Any, micro_batch_tokens: int):
         self.lm, self.name, self.context_length = lm, "transformers", context_length(lm.model.config)
-        self.max_tokens, self.max_rows = 128 * micro_batch_tokens, max(8 * HEAD_LOGITS // lm.vocab_size, 1)
+        self.max_tokens, self.max_rows = (
+            128 * micro_batch_tokens,
+            max(8 * HEAD_LOGITS // lm.vocab_size, 1),
+        )  # rows of logits: 1 GB
         self.stop_ids = stop_token_ids(lm.model.source_generation_config, tokenizer)
 
     def sync(self, model: nn.Module) -> None:
@@ -970,9 +985,9 @@ class Run:
     optimizer: AdamW
 
     def __init__(
-        self, args: Any, script: str, learning_rates: tuple[float, float], train_dataset: Any, eval_dataset: Any
+        self, args: Any, script: str, train_dataset: Any, eval_dataset: Any, *, bundled_lr: float, real_lr: float
     ):
-        """`learning_rates`: the defaults for the bundled and for real models."""
+        """`bundled_lr` and `real_lr` are what --learning-rate is by default, for the bundled models and for others."""
         check_args(args)
         self.args, self.name, self.accelerator, self.wandb = args, Path(script).stem, join_processes(), None
         self.received_signal = 0  # none
@@ -980,7 +995,7 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True, markup=False)
         self.train_dataset, self.eval_dataset = envs.load_splits(args, train_dataset, eval_dataset)
-        default = learning_rates[0 if args.model in BUNDLED else 1]
+        default = bundled_lr if args.model in BUNDLED else real_lr
         self.learning_rate = default if args.learning_rate is None else args.learning_rate
         self.dtype, self.micro_batch_tokens = pick_compute(args, self.device)
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
@@ -993,7 +1008,7 @@ class Run:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
             return
         options = (args.chat_template, True, args.chat_template_args)
-        self.tokenizer, self.warned, self.started = load_tokenizer(self.source, *options), {}, time.perf_counter()
+        self.tokenizer, self.warned = load_tokenizer(self.source, *options), {}
         resumed = f", resumed from step {self.step}" if self.step else ""
         self.say(f"run        {self.folder} · {self.processes} process(es) on {where}{resumed}", device=where)
         self.say(f"compute    {self.dtype}, {self.micro_batch_tokens} tokens a pass", compute_dtype=str(self.dtype))
@@ -1048,6 +1063,7 @@ class Run:
                 self.wandb = wandb.init(project=self.args.wandb_project or self.name, **options)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self.on_signal)
+        self.started = time.perf_counter()
 
     def on_signal(self, signum: int, _frame: Any) -> None:
         self.received_signal = signum

@@ -144,8 +144,6 @@ def same_answer(candidate: str, answer: str) -> bool:
     return plain(candidate) == plain(answer) if number is None else parse_number(candidate) == number
 
 
-# Datasets
-
 OPERANDS = {"add": "+", "sub": "-", "mult": "*", "div": "/"}
 EVAL_FRACTION = 5  # one problem in five belongs to the evaluation split
 
@@ -186,9 +184,7 @@ class MathDataset(torch.utils.data.Dataset):
                 if len(self.envs) == num_samples:
                     break
         if not self.envs:
-            raise UserError(
-                f"no {operand} problem of the {split} split has operands from {min_val} to {max_val}: widen the range"
-            )
+            raise UserError(f"no {operand} problem of the {split} split from {min_val} to {max_val}: widen the range")
 
     def __len__(self) -> int:
         return len(self.envs)
@@ -249,8 +245,8 @@ def load_splits(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, 
         name = args.eval_dataset or args.dataset
         # A file has one split: named as the evaluation set, its rows are the evaluation set.
         split = "train" if args.eval_dataset and is_file(name) else "eval"
-        own_ranges = ranges if name in ("math", args.dataset) else {}
-        eval_dataset = load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own_ranges)
+        own = ranges if name in ("math", args.dataset) else {}
+        eval_dataset = load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own)
         if eval_dataset is None and args.eval_dataset:
             raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
     if train_dataset is None:

@@ -6,7 +6,8 @@ For each prompt, sample G completions o_1 ... o_G from the policy, score them, a
 
     ratio = pi(o_it) / pi_old(o_it)        A_i = (r_i - mean(r)) / (std(r) + 1e-4)        KL_it = ratio * (e^d - d - 1)
 
-with d = log pi_ref(o_it) - log pi(o_it). Z is the number of completion tokens of the step, over all processes.
+with d = log pi_ref(o_it) - log pi(o_it). Z is the number of completion tokens of the step, over all processes
+(see 1).
 
 What differs from the paper (https://arxiv.org/abs/2402.03300):
 1. --loss-type dapo (default) divides by all tokens of a step (https://arxiv.org/abs/2503.14476); `grpo` is the paper's
@@ -214,7 +215,7 @@ def importance_weights(log_ratio: Tensor, correction: str, cap: float) -> Tensor
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    run = common.Run(args, __file__, (3e-4, 1e-6), train_dataset, eval_dataset)
+    run = common.Run(args, __file__, train_dataset, eval_dataset, bundled_lr=3e-4, real_lr=1e-6)
     if run.finished:
         return
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
@@ -231,7 +232,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.begin(correction=correction)
 
     if evaluator is not None and run.step == 0:
-        engine.sync(run.model)
+        engine.sync(run.model)  # gives vLLM the weights
         run.log(0, evaluator.evaluate()[0])
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. rollout
@@ -274,8 +275,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         old_logprobs, ref_logprobs = torch.zeros_like(engine_logprobs), torch.zeros_like(engine_logprobs)
         lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
-        total_loss, grad_norm, updates = 0.0, 0.0, args.ppo_steps if learns else 1
-        for ppo_step, mb in itertools.product(range(updates), micro_batches):
+        total_loss, grad_norm = 0.0, 0.0
+        sweeps = args.ppo_steps if learns else 1  # over the micro-batches
+        for ppo_step, mb in itertools.product(range(sweeps), micro_batches):
             inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
             last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
             with nullcontext() if last else accelerator.no_sync(policy):
@@ -296,14 +298,14 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             if ppo_step == 0 and last:  # before anything is updated
                 gap = common.check_gap(run, old_logprobs[computed], engine_logprobs[computed], loss_mask[computed])
             if learns and last:
-                grad_norm += common.optimizer_step(run, step, lr, total_loss) / updates
+                grad_norm += common.optimizer_step(run, step, lr, total_loss) / sweeps
         step_seconds = time.perf_counter() - started
 
         # 5. log: a pair is a sum and a count of this process
         trained, sampled = loss_mask[computed].sum(), sum(len(c.token_ids) for c in completions)
-        metrics = gap | {name: (value, trained * updates) for name, value in sums.items()}
+        metrics = gap | {name: (value, trained * sweeps) for name, value in sums.items()}
         metrics |= {
-            "loss/total": (total_loss, updates / run.processes),  # each process has a share of it
+            "loss/total": (total_loss, sweeps / run.processes),  # each process has a share of it
             "reward/mean": (sum(scores), len(scores)),
             "reward/std": (rewards.std(dim=1).sum(), len(rewards)),
             "reward/zero_std_frac": ((~has_spread).sum(), len(rewards)),

@@ -190,7 +190,7 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
 
 
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
-    run = common.Run(args, __file__, (3e-4, 1e-5), train_dataset, eval_dataset)
+    run = common.Run(args, __file__, train_dataset, eval_dataset, bundled_lr=3e-4, real_lr=1e-5)
     if run.finished:
         return
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
@@ -208,7 +208,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run.begin()
 
     if evaluator is not None and run.step == 0:
-        engine.sync(run.model)
+        engine.sync(run.model)  # gives vLLM the weights
         run.log(0, evaluator.evaluate()[0])
     for step in range(run.step + 1, args.num_steps + 1):
         # 1. rollout

@@ -200,7 +200,7 @@ def evaluate_loss(run: common.Run, policy: torch.nn.Module, conversations: list)
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
     if args.inspect is not None:
         return inspect(args, train_dataset)
-    run = common.Run(args, __file__, (1e-3, 1e-5), train_dataset, eval_dataset)
+    run = common.Run(args, __file__, train_dataset, eval_dataset, bundled_lr=1e-3, real_lr=1e-5)
     if run.finished:
         return
     tokenizer, accelerator = run.tokenizer, run.accelerator

@@ -96,7 +96,9 @@ def test_a_tied_head_is_saved_once_and_in_the_dtype_that_is_asked_for(tiny, toke
 
 def test_a_prune_takes_neither_the_new_checkpoint_nor_a_folder_of_the_user(tmp_path):
     """Broken checkpoints of later steps, from before a resume, must not crowd out the ones that are whole."""
-    run = common.Run(sft.Args(output_dir=str(tmp_path / "run"), eval_steps=0), "sft.py", (1e-3, 1e-5), None, None)
+    run = common.Run(
+        sft.Args(output_dir=str(tmp_path / "run"), eval_steps=0), "sft.py", None, None, bundled_lr=1e-3, real_lr=1e-5
+    )
     common.load_policy(run)
     for step in (10, 12):
         common.publish(run.folder / f"step_{step}", fill, step)

@@ -357,7 +357,7 @@ def test_schedules():
 def run(tmp_path):
     """A real one, with its policy and optimizer."""
     args = grpo.Args(output_dir=str(tmp_path / "run"), eval_steps=0, num_samples=4, weight_decay=0.1)
-    run = common.Run(args, "grpo.py", (1.0, 1.0), None, None)
+    run = common.Run(args, "grpo.py", None, None, bundled_lr=1.0, real_lr=1.0)
     common.load_policy(run)
     return run
 

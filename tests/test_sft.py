@@ -82,7 +82,7 @@ def test_trained_tokens_are_coloured(tokenizer):
 
 def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, tmp_path):
     args = sft.Args(output_dir=str(tmp_path / "run"), eval_steps=0, num_samples=4)
-    run = common.Run(args, "sft.py", (0.0, 0.0), None, None)
+    run = common.Run(args, "sft.py", None, None, bundled_lr=0.0, real_lr=0.0)
     policy = common.load_policy(run)
     envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
     conversations, _ = sft.encode(envs, tokenizer, 512)
