@@ -18,12 +18,12 @@ import sft
 
 SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
-CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240, "common.py": 1000}
+CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240}
 CEILINGS |= {"envs.py": 400, "README.md": 140}
 RESULTS = ROOT / "training_guide" / "results"
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "models" / "README.md", RESULTS / "README.md"]
 DOCS += sorted((ROOT / "training_guide").glob("*.md"))
-SOURCES = [ROOT / name for name in CEILINGS if name.endswith(".py")]
+SOURCES = [ROOT / name for name in ("common.py", *CEILINGS) if name.endswith(".py")]
 
 
 def lines(path):
