@@ -136,8 +136,9 @@ def test_logprobs_equal_naive_ones_in_value_and_gradient(monkeypatch, side, chun
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    weights = torch.linspace(-1, 1, 11, dtype=F64)
-    logprobs, entropy = token_logprobs(model, *padded(*BATCH, side), 0.7, entropy=True)
+    lm, weights = ChunkedLM(model), torch.linspace(-1, 1, 11, dtype=F64)
+    assert lm.kernel is not None
+    logprobs, entropy = token_logprobs(lm, *padded(*BATCH, side), 0.7, entropy=True)
     assert logprobs.shape == entropy.shape == (6, 11)
     assert logprobs.dtype == F64
     assert not entropy.requires_grad

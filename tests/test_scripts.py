@@ -59,6 +59,7 @@ def test_grpo_writes_its_folder_and_says_how_it_goes(tmp_path):
 def test_pairs_are_divided_once_and_steps_between_log_only_what_was_evaluated(tmp_path):
     args = grpo.Args(output_dir=str(tmp_path / "run"), logging_steps=2, num_samples=4, eval_steps=0)
     run = common.Run(args, "grpo.py", None, None, bundled_lr=1.0, real_lr=1.0)
+    run.started = 0.0  # no `begin`: it takes over the signals
     run.log(1, {"reward/mean": (torch.tensor(3.0), 4), "optim/lr": 0.5, "loss/kl": (0.0, 0)}, [{"completion": "a"}])
     run.log(3, {"reward/mean": (1, 2)}, [{"completion": "b"}])
     run.log(5, {"reward/mean": (1, 2), "eval/accuracy": 0.25})

@@ -279,6 +279,7 @@ def test_thinking_that_generation_cannot_reach_is_refused(by_bytes):
 UNMASKABLE = {  # the text of a turn, and more -> the reason
     "{{ m.content | upper }}<|im_end|>{% endfor %}": "rewrites assistant turn 1",
     "{{ m.content }}{{ m.content | length }}<|im_end|>{% endfor %}": "rewrites assistant turn 1",
+    "{{ 'x' * (loop.first and messages[-1].content | length > 4) }}:{{ m.content }}{% endfor %}": "rewrites assistant",
     "{{ m.content }}{% endfor %}{{ 'x' * (messages[-1].content | length - 3) }}": "something else",
     "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}": "each of 2 assistant turns",
     "{{ m.content }}{{ m.content }}{% endfor %}": "each of 2 assistant turns once",
