@@ -673,8 +673,10 @@ def micro_batches(
     packs, tokens, before = run.lm.kernel is not None, 0, []
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: sequences[row] if packs else -lengths[row]):
-        shared = shared_prefix(before, sequences[row])
-        more = lengths[row] - shared if packs or not groups else lengths[groups[-1][0]]
+        if packs:
+            more = lengths[row] - shared_prefix(before, sequences[row])
+        else:
+            more = lengths[groups[-1][0]] if groups else lengths[row]  # padded to the longest, the first
         if groups and tokens + more <= run.micro_batch_tokens:
             groups[-1].append(row)
             tokens += more
@@ -905,6 +907,9 @@ class VLLMEngine:
         outputs = [request.outputs[0] for request in self.llm.generate(requests, sampling, use_tqdm=False)]
         if self.sleeps:
             self.llm.sleep(level=1)  # the weights wait in the CPU's memory, the GPU is the trainer's
+        failed = {output.finish_reason for output in outputs} - {"stop", "length"}
+        if failed:
+            raise RuntimeError(f"vLLM ended completions with {failed}")
         logprobs = [[at[token].logprob for token, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
         return [Completion(list(o.token_ids), p, o.finish_reason) for o, p in zip(outputs, logprobs, strict=True)]
 
@@ -1019,6 +1024,8 @@ class Run:
         why = "default" if args.learning_rate is None else "as asked"
         schedule = f"{args.warmup_steps} steps of warm-up, then {args.lr_schedule}"
         self.say(f"optimizer  AdamW, learning rate {self.learning_rate} ({why}), {schedule}")
+        if self.learning_rate == 0:
+            self.say("warning    --learning-rate is 0: nothing will be learned")
 
     def open_folder(self) -> tuple[Path, Path | None, int]:
         """Makes or reopens the folder; its path, the checkpoint to go on from, and that checkpoint's step."""
@@ -1111,16 +1118,19 @@ class Run:
             sums = torch.tensor([[float(s), float(n)] for s, n in pairs.values()], dtype=torch.float64)
             sums = self.accelerator.reduce(sums.to(self.device)).tolist()
             metrics = {name: value for name, value in metrics.items() if name not in pairs}
-            metrics |= {
-                name: s / n for name, (s, n) in zip(pairs, sums, strict=True) if n
-            }  # nothing counted: no metric
+            # Where nothing was counted there is no metric.
+            metrics |= {name: s / n for name, (s, n) in zip(pairs, sums, strict=True) if n}
         if not metrics or not self.is_main:
             return
         for name, rows in {"metrics.jsonl": [metrics], "completions.jsonl": records}.items():
             with open(self.folder / name, "a") as file:
                 file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
+        try:
+            if self.wandb:
+                self.wandb.log(metrics, step=step)
+        except Exception as error:  # of whatever kind: a tracker must never stop a run
+            self.wandb = None
+            self.say(f"warning    wandb is off from here on, metrics.jsonl goes on: {type(error).__name__}: {error}")
         now, left = f"{step}/{self.args.num_steps}", self.args.num_steps - step
         minutes = left * (time.perf_counter() - self.started) / max(step - self.first, 1) / 60
         if shown := [f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics]:
