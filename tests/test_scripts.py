@@ -70,6 +70,22 @@ def test_pairs_are_divided_once_and_steps_between_log_only_what_was_evaluated(tm
     assert read(run.folder / "completions.jsonl") == [{"step": 1, "completion": "a"}]
 
 
+def test_a_tracker_that_fails_turns_itself_off_and_the_log_goes_on(tmp_path, capsys):
+    class Broken:
+        def log(self, *_, **__):
+            raise ConnectionError("no route to host")
+
+    args = grpo.Args(output_dir=str(tmp_path / "run"), num_samples=4, eval_steps=0, learning_rate=0.0)
+    run = common.Run(args, "grpo.py", None, None, bundled_lr=1.0, real_lr=1.0)
+    run.started, run.wandb = 0.0, Broken()
+    for step in (1, 2):
+        run.log(step, {"optim/lr": 0.5})
+    assert [line["step"] for line in read_metrics(run.folder)] == [1, 2]
+    told = capsys.readouterr().out
+    assert told.count("wandb is off from here on") == 1
+    assert "--learning-rate is 0: nothing will be learned" in told
+
+
 def test_group_of_equal_rewards_everywhere_means_no_update(tmp_path):
     code = "from envs import EnvBase\nclass Same(EnvBase):\n    def get_reward(self, completion):\n        return 0.1\n"
     code += "def make():\n    return [Same([{'role': 'user', 'content': str(i)}]) for i in range(4)]\n"
