@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -18,13 +17,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 import transformers
@@ -33,22 +30,22 @@ from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
+import chat
 import envs
-from envs import Message, UserError, shorten
+import packing
+from chat import context_length, encode_chat, encode_prompt, encode_prompts, loading, stop_token_ids, vocab_size  # noqa: F401
+from envs import UserError, shorten
 
 HERE = Path(__file__).resolve().parent
 BUNDLED = {name: str(HERE / "models" / name) for name in ("tiny", "tiny-teacher")}  # models that come with the project
 HEAD_LOGITS = 2**25  # logits that exist at a time: 128 MB in float32
-TORCH, TRANSFORMERS = (tuple(map(int, package.__version__.split(".")[:2])) for package in (torch, transformers))
-CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
+CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 
 # ---- Exit codes and flags --------------------------------------------------------------------------------------------
@@ -139,16 +136,6 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 # `load_policy` gives a script what trains, in float32, `load_frozen` a reference or teacher, in --dtype.
 
 
-@contextmanager
-def loading(what: str) -> Generator[None]:
-    """Turns the library's errors about what is missing or broken into one line."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError, TypeError, jinja2.TemplateError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"cannot load {what}: {lines[0] if lines else type(error).__name__}") from error
-
-
 def pick_compute(args: Any, device: torch.device) -> tuple[torch.dtype, int]:
     """The dtype of autocast and of frozen models (weights that train are float32), and the tokens of a pass."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -190,15 +177,6 @@ def load_generation_config(model: str, config: Any) -> GenerationConfig:
         return GenerationConfig.from_pretrained(BUNDLED.get(model, model))
     except OSError:
         return GenerationConfig.from_model_config(config)
-
-
-def context_length(config: Any) -> int:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def vocab_size(tokenizer: Any) -> int:
-    """Tokens that exist. The rows of a model's head beyond them are padding, and differ between sizes of one family."""
-    return max(tokenizer.get_vocab().values()) + 1
 
 
 def load_model(
@@ -263,149 +241,6 @@ def load_frozen(run: "Run", name: str, role: str) -> "ChunkedLM":
     return lm.requires_grad_(False)
 
 
-# ---- Chat templates and masks ----------------------------------------------------------------------------------------
-# Which tokens did the assistant write? `encode_chat` reads it off the rendering of the model's own template, with no
-# template-specific code. `encode_prompt` ends where the assistant begins.
-
-
-@functools.lru_cache(maxsize=4)  # `_size` is only part of the key: a tokenizer that got new tokens is read again
-def added_tokens(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern]:
-    """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; a pattern of white space and one."""
-    names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    pattern = "|".join(map(re.escape, sorted(names.values(), key=len, reverse=True)))
-    return frozenset(names), re.compile(rf"\s*(?:{pattern or '(?!)'})")
-
-
-def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool = False) -> str:
-    template_args = getattr(tokenizer, "template_args", {}) | template_args
-    with loading("the conversation into the chat template"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **template_args)
-
-
-def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
-    """Token ids of a conversation, up to where the assistant begins to write."""
-    text = render(tokenizer, envs.with_text_content(messages), template_args, prompt=True)
-    # A BOS token is the template's to write.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def encode_prompts(tokenizer: Any, dataset: Any, rows: Sequence[int], longest: int) -> dict[int, list[int]]:
-    """Row -> token ids of its prompt. Raises a UserError when one has more than `longest` tokens."""
-    prompts = {row: encode_prompt(tokenizer, dataset[row].prompt) for row in rows}
-    for row, ids in prompts.items():
-        if len(ids) > longest:
-            words = f"the prompt of row {row} has {len(ids)} tokens"
-            raise UserError(f"{words}, and the context less --max-new-tokens leaves {longest}")
-    return prompts
-
-
-def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list, str]:
-    """A rendered conversation, the characters [start, end) of each assistant turn in it, and the end-of-turn token.
-
-    A second rendering has a sentinel in place of each assistant text; between them stands the template's own:
-    "<user>2+2?<end><assistant>4<end>" has ["<user>2+2?<end><assistant>", "<end>"]. With the texts put back, trimmed or
-    not, the first rendering must come out. Thinking, up to `</think>`, stays in the second, for templates rewrite it or
-    drop it from earlier turns; where it is kept, the turn begins with what of it the generation prompt does not write.
-    The end-of-turn token is what follows the last turn ("" if nothing does), with white space before it, and belongs to
-    each turn it follows; another one heads the next message, or does not stop generation (gpt-oss).
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise UserError("a conversation without an assistant turn has nothing to train")
-    text, hidden, sentinel = render(tokenizer, messages, template_args), list(messages), "\u2983\u2984"
-    while sentinel in text:
-        sentinel += "\u2984"
-    for i in turns:
-        thinking, mark, _ = messages[i]["content"].rpartition("</think>")
-        hidden[i] = messages[i] | {"content": thinking + mark + sentinel}
-    parts = render(tokenizer, hidden, template_args).split(sentinel)
-    if len(parts) != len(turns) + 1 or "" in parts[:-1]:
-        raise UserError(f"the chat template does not write each of {len(turns)} assistant turns once, after a header")
-    after_last = render(tokenizer, hidden[: turns[-1] + 1], template_args).split(sentinel)[-1]
-    match = added_tokens(tokenizer, len(tokenizer))[1].match(after_last)
-    end_of_turn = match.group() if match else ""
-    spans, position = [], 0
-    for n, i in enumerate(turns):
-        before, after = parts[n], parts[n + 1]
-        thinking, _, answer = messages[i]["content"].rpartition("</think>")
-        trimmed = (answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n"))
-        written = next((t for t in trimmed if text.startswith(before + t + after, position)), None)
-        if written is None:
-            what = shorten(before + answer + after)
-            raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
-        start = position + len(before)
-        position = start + len(written)
-        thought = thinking.replace("<think>", "").strip()
-        if thought and thought in before:  # kept, or the user's words are the same
-            prompt = render(tokenizer, messages[:i], template_args, prompt=True)
-            if not text.startswith(prompt):
-                raise UserError(f"the generation prompt does not lead to the thinking of assistant turn {n + 1}")
-            if thought in text[len(prompt) : start]:
-                start = max(len(prompt), text.find("<think>", len(prompt), start))
-        end = position + len(end_of_turn) if text.startswith(end_of_turn, position) else position
-        spans.append((start, end))
-    if text[position:] != parts[-1]:
-        raise UserError(f"the chat template writes something else after the last assistant turn: {text[position:]!r}")
-    return text, spans, end_of_turn
-
-
-def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation and its loss mask: 1 = written by the assistant, its stop token included.
-
-    A token belongs to the turn that its last character does. Raises a UserError as `find_turns` does.
-    """
-    text, spans, _ = find_turns(tokenizer, envs.with_text_content(messages), template_args)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special = added_tokens(tokenizer, len(tokenizer))[0]
-    ends = []  # of each token
-    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # The span of a special token may include the white space after it.
-        ends.append(start + len(text[start:end].rstrip()) if token in special else end)
-    begins, stops = np.array(spans).T
-    turns = np.searchsorted(stops, ends)  # for each token the first turn that does not end before it
-    trained = np.append(begins, len(text))[turns] < ends
-    for n in set(np.flatnonzero(begins < stops)) - set(turns[trained]):
-        raise UserError(f"assistant turn {n + 1} has no token of its own: {text[begins[n] : stops[n]]!r}")
-    return encoded["input_ids"], trained.astype(int).tolist()
-
-
-PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-def stop_token_ids(generation_config: GenerationConfig, tokenizer: Any, **template_args: Any) -> list[int]:
-    """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
-    listed, end = generation_config.eos_token_id, find_turns(tokenizer, PROBE, template_args)[2].strip()
-    ids = tokenizer.convert_tokens_to_ids([end] if end else []) + (listed if isinstance(listed, list) else [listed])
-    return sorted({i for i in (tokenizer.eos_token_id, *ids) if i is not None})
-
-
-def check_tokenizer(tokenizer: Any, model: str) -> list[str]:
-    """Lines on what begins and ends a sequence. Raises a UserError when tokenizer and model contradict each other."""
-    config, bos = load_config(model), tokenizer.bos_token
-    rows = config.get_text_config().vocab_size
-    stop_ids = stop_token_ids(load_generation_config(model, config), tokenizer)
-    text, ((start, _),), end_of_turn = find_turns(tokenizer, PROBE, {})
-    prompt = render(tokenizer, PROBE[:1], {}, prompt=True)
-    # A special token beyond the rows that the template does not write does no harm: Gemma 3 has one, for images.
-    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]
-    if any(token not in tokenizer.all_special_tokens or token in tokenizer.chat_template for token in beyond):
-        raise UserError(f"{model}: the tokenizer has tokens beyond the model's {rows:,} rows: take the model's own")
-    if not stop_ids or stop_ids[-1] >= min(vocab_size(tokenizer), rows):
-        raise UserError(f"{model}: stop tokens {stop_ids}: correct eos_token_id in generation_config.json")
-    if bos and prompt.startswith(bos + bos):
-        raise UserError(f"{model}: the chat template writes {bos} twice: pass a --chat-template that writes it once")
-    begins = f"BOS {bos}" if bos and prompt.startswith(bos) else "no BOS"
-    stops, warnings = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids)), []
-    if begins == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        warnings.append(f"the chat template writes no {bos}, with which the tokenizer begins any other text")
-    if not end_of_turn:
-        warnings.append("the chat template ends no turn with a special token: turns train without a stop token")
-    if prompt != text[:start]:
-        warnings.append(f"generation begins after {prompt[-30:]!r}, trained turns after {text[:start][-30:]!r}")
-    tokens = f"tokens     {begins}, stop {stops}, context {context_length(config):,}"
-    return [tokens, *(f"warning    {words}" for words in warnings)]
-
-
 # ---- Log-probs -------------------------------------------------------------------------------------------------------
 # `token_logprobs` gives the log-prob of each trained token, (B, T). `ChunkedLM` runs the model, on packed sequences
 # where it can take them, and its head on some of the trained positions at a time: (B, T, V) never exists.
@@ -418,94 +253,9 @@ def check_tokenizer(tokenizer: Any, model: str) -> list[str]:
 #     source    0 1 2 3 4 | 0 1 2 5 6 | 7 8                                 where among the tokens each key stands
 
 
-def loop_of_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *_: int, scale: Any, window_size: tuple[int, int]
-) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` computes, one sequence after the other, on any device.
-
-    q: (tokens, heads, D), k and v: (keys, heads, D). A token sees itself and the `window_size[0]` keys before; -1: all.
-    """
-    outputs, bounds_q, bounds_k = [], cu_q.tolist(), cu_k.tolist()
-    for n in range(len(bounds_q) - 1):
-        tokens, keys = slice(*bounds_q[n : n + 2]), slice(*bounds_k[n : n + 2])
-        query, key, value = (t.transpose(0, 1)[None] for t in (q[tokens], k[keys], v[keys]))  # (1, heads, own, D)
-        shared, window = key.shape[2] - query.shape[2], window_size[0]
-        mask = None  # plainly causal
-        if shared or window >= 0:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=q.device).tril(shared)
-            mask = mask.triu(shared - window) if window >= 0 else mask
-        options: Any = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": True}
-        outputs.append(scaled_dot_product_attention(query, key, value, **options)[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-def pick_kernel(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[Callable[..., Any], str]:
-    """The first of three ways to compute it that can run, and its name: flash-attn, PyTorch's own kernel, the loop."""
-    fast = device.type == "cuda" and dtype == torch.bfloat16
-    has_flash = fast and importlib.util.find_spec("flash_attn") is not None
-    if attn == "flash_attention_2" and not has_flash:
-        raise UserError(
-            "--attn flash_attention_2 needs a GPU, bf16 and the package flash-attn; auto takes what it finds"
-        )
-    if attn == "sdpa" or not fast:
-        return loop_of_sdpa, "sdpa"
-    if has_flash:
-        flash: Any = importlib.import_module("flash_attn").flash_attn_varlen_func
-        return lambda *args, scale, **options: flash(*args, softmax_scale=scale, causal=True, **options), "flash-attn"
-    options = {"enable_gqa": True} if TORCH >= (2, 12) else {}  # before, fewer heads of keys than of queries just work
-    return functools.partial(importlib.import_module("torch.nn.attention.varlen").varlen_attn, **options), "varlen_attn"
-
-
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention for transformers, (1, heads, tokens, D) each; of batches that are not packed, the library's own."""
-    if "packing" not in options:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    kernel, dtype, source, lengths = options["packing"]
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (tokens, heads, D)
-    if source is not None:
-        # Backward adds up the gradients of a shared prefix: in float32, and by index_select always in the same order.
-        k, v = (t.to(torch.promote_types(t.dtype, torch.float32)).index_select(0, source) for t in (k, v))
-    if dtype == torch.bfloat16:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    window = (options.get("sliding_window") or 0) - 1
-    return kernel(q, k, v, *lengths, scale=options.get("scaling"), window_size=(window, 0))[None], None
-
-
-def shared_prefix(one: list[int], other: list[int]) -> int:
-    """With how many tokens both begin."""
-    for n, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return n
-    return min(len(one), len(other))
-
-
-def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Tensor | None, list], Tensor]:
-    """Right-padded sequences, (B, T), packed, without what follows the last trained token of each.
-
-    Returns the model's inputs; `source` (None where nothing is shared) with cu_q, cu_k and the longest of q and of k;
-    and where among the packed tokens each token of the batch stands, (B, T).
-    """
-    width, device = input_ids.shape[1], input_ids.device
-    ends = (loss_mask * torch.arange(width, device=device)).amax(1).clamp(min=1)  # the last token predicts nothing
-    tokens, positions, source, where, cu_q, cu_k = [], [], [], [], [0], [0]
-    before, keys = [], []
-    for row, end in zip(input_ids.tolist(), ends.tolist(), strict=True):
-        shared = shared_prefix(before, row[: end - 1])  # at least one token is its own
-        keys = [*keys[:shared], *range(len(tokens), len(tokens) + end - shared)]
-        before = row[:end]
-        tokens += row[shared:end]
-        positions += range(shared, end)
-        source += keys
-        where.append(keys + [0] * (width - end))
-        cu_q.append(len(tokens))
-        cu_k.append(len(source))
-    tensors = [torch.tensor(t, device=device) for t in ([tokens], [positions], source, where, cu_q, cu_k)]
-    lengths = [cu.int() for cu in tensors[4:]] + [int(cu.diff().max()) for cu in tensors[4:]]
-    # The library makes no mask of its own where it gets one of four dimensions; nobody looks at this one.
-    inputs = {"input_ids": tensors[0], "position_ids": tensors[1], "attention_mask": torch.ones(1, 1, 1, 1)}
-    return inputs, (tensors[2] if len(source) > len(tokens) else None, lengths), tensors[3]
+# ---- Log-probs -------------------------------------------------------------------------------------------------------
+# `token_logprobs` gives the log-prob of each trained token, (B, T). `ChunkedLM` runs the model, on packed sequences
+# where it can take them, and its head on some of the trained positions at a time: (B, T, V) never exists.
 
 
 class ChunkedLM(nn.Module):
@@ -520,43 +270,12 @@ class ChunkedLM(nn.Module):
         self.vocab_size = vocab_size or model.config.get_text_config().vocab_size
         self.kernel: Callable[..., Tensor] | None = None  # None: batches are padded
         self.batches = f"padded batches, {model.config._attn_implementation} attention"
-        kernels = [] if attn == "eager" else [pick_kernel(attn, model.device, dtype), (loop_of_sdpa, "sdpa")]
+        kernels = (
+            [] if attn == "eager" else [packing.pick_kernel(attn, model.device, dtype), (packing.loop_of_sdpa, "sdpa")]
+        )
         for kernel, name in kernels[:1] if attn == "flash_attention_2" else kernels:
-            if self.kernel is None and self.try_packing(kernel):
+            if self.kernel is None and packing.try_packing(self, kernel):
                 self.batches = f"packed batches, {name} attention"
-
-    @torch.no_grad()
-    def try_packing(self, kernel: Callable[..., Tensor]) -> bool:
-        """Makes `packed_attention` the model's, if packed sequences then get the states that padded ones do.
-
-        Not where layers mix neighbours (recurrent ones), nor where a window is applied by a mask only: windows are cut
-        to two tokens here, so that eight show them.
-        """
-        config, error = self.model.config.get_text_config(), math.inf
-        if set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}:
-            return False
-        rows = [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5], [9, 8, 7, 1, 2, 3, 5, 4]]
-        ids = torch.tensor(rows, device=self.model.device)
-        parts = [part for part in (config, *self.model.modules()) if getattr(part, "sliding_window", 0)]
-        windows, before = [part.sliding_window for part in parts], self.model.config._attn_implementation
-        transformers.AttentionInterface.register("packed", packed_attention)
-        AttentionMaskInterface.register("packed", sdpa_mask)
-        try:
-            for part in parts:
-                part.sliding_window = 2
-            expected = self.states(ids, torch.ones_like(ids), torch.ones_like(ids))
-            self.model.set_attn_implementation("packed")
-            self.kernel = kernel
-            error = (self.states(ids, torch.ones_like(ids), torch.ones_like(ids)) - expected).norm() / expected.norm()
-        except (TypeError, ValueError, RuntimeError, KeyError):  # it hands `packing` to no attention function
-            pass
-        for part, window in zip(parts, windows, strict=True):
-            part.sliding_window = window
-        packs = bool(error < (0.2 if self.dtype == torch.bfloat16 else 1e-3))
-        if not packs:
-            self.kernel = None
-            self.model.set_attn_implementation(before)
-        return packs
 
     def autocast(self) -> Any:
         return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -567,8 +286,8 @@ class ChunkedLM(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         where = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)  # (B, T)
         if self.kernel is not None and attention_mask[:, 0].all():  # padded on the right
-            inputs, packing, where = pack(input_ids, loss_mask)
-            inputs |= {"packing": (self.kernel, self.dtype, *packing)}
+            inputs, layout, where = packing.pack(input_ids, loss_mask)
+            inputs |= {"packing": (self.kernel, self.dtype, *layout)}
         with self.autocast():
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, H), packed (1, n, H)
         # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
@@ -674,7 +393,7 @@ def micro_batches(
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: sequences[row] if packs else -lengths[row]):
         if packs:
-            more = lengths[row] - shared_prefix(before, sequences[row])
+            more = lengths[row] - packing.shared_prefix(before, sequences[row])
         else:
             more = lengths[groups[-1][0]] if groups else lengths[row]  # padded to the longest, the first
         if groups and tokens + more <= run.micro_batch_tokens:
@@ -767,15 +486,12 @@ def completion_seed(seed: int, step: int, index: int) -> int:
 
 
 class HFEngine:
-    """Generation with the weights of a `ChunkedLM`. Of prompts and completions it holds at most 128 times
-    `micro_batch_tokens` at a time: only their keys and values."""
+    """Generation with the weights of a `ChunkedLM`."""
 
     def __init__(self, lm: ChunkedLM, tokenizer: Any, micro_batch_tokens: int):
         self.lm, self.name, self.context_length = lm, "transformers", context_length(lm.model.config)
-        self.max_tokens, self.max_rows = (
-            128 * micro_batch_tokens,
-            max(8 * HEAD_LOGITS // lm.vocab_size, 1),
-        )  # rows of logits: 1 GB
+        # Of a batch there are only keys and values, so it takes many passes' tokens; and 1 GB of logits.
+        self.max_tokens, self.max_rows = 128 * micro_batch_tokens, max(8 * HEAD_LOGITS // lm.vocab_size, 1)
         self.stop_ids = stop_token_ids(lm.model.source_generation_config, tokenizer)
 
     def sync(self, model: nn.Module) -> None:
@@ -1017,7 +733,9 @@ class Run:
         resumed = f", resumed from step {self.step}" if self.step else ""
         self.say(f"run        {self.folder} · {self.processes} process(es) on {where}{resumed}", device=where)
         self.say(f"compute    {self.dtype}, {self.micro_batch_tokens} tokens a pass", compute_dtype=str(self.dtype))
-        for line in check_tokenizer(self.tokenizer, self.source):
+        self.config = load_config(self.source)
+        authors = load_generation_config(self.source, self.config)
+        for line in chat.check_tokenizer(self.tokenizer, self.config, authors):
             self.say(line)
         held_out = "no evaluation" if self.eval_dataset is None else f"{len(self.eval_dataset)} held out"
         self.say(f"data       {args.dataset}: {len(self.train_dataset)} rows, {held_out}")

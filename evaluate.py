@@ -24,6 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+import chat
 import common
 import envs
 from envs import UserError
@@ -161,13 +162,14 @@ def main(args: Args, dataset: Any = None) -> None:
     processes = accelerator.num_processes
     dtype, pass_tokens = common.pick_compute(args, accelerator.device)
     tokenizer = common.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
-    for line in common.check_tokenizer(tokenizer, args.model):
+    config = common.load_config(args.model)
+    for line in chat.check_tokenizer(tokenizer, config, common.load_generation_config(args.model, config)):
         console.print(line)
     if args.engine == "vllm":
         engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args)
     else:
         model = common.load_model(args.model, accelerator.device, args.attn, dtype)
-        lm = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), args.attn)
+        lm = common.ChunkedLM(model, dtype, chat.vocab_size(tokenizer), args.attn)
         engine = common.HFEngine(lm, tokenizer, pass_tokens)
     console.print(f"model      {args.model}, {dtype}, engine {engine.name}, {processes} process(es)")
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions} completions")

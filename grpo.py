@@ -36,6 +36,7 @@ import torch
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import envs
 
@@ -221,8 +222,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
     envs.require_rewards(train_dataset)
     correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
-    longest = common.context_length(common.load_config(run.source)) - args.max_new_tokens
-    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
+    longest = chat.context_length(run.config) - args.max_new_tokens
+    prompts = chat.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
     policy = common.load_policy(run)
     reference = common.load_frozen(run, args.model, "reference") if args.kl_penalty > 0 else None
     engine = common.make_engine(run)

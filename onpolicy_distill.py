@@ -35,9 +35,9 @@ import torch
 import tyro
 from torch import Tensor
 
+import chat
 import common
 import envs
-from envs import UserError
 
 
 @dataclass
@@ -180,25 +180,18 @@ def loss_of_chunk(
     return loss, sums["loss/reverse_kl"], sums["teacher/entropy"], logprobs.detach()
 
 
-def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Raises a UserError that names the first token id at which two tokenizers differ."""
-    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    for i in sorted(ours.keys() | theirs.keys()):
-        if ours.get(i) != theirs.get(i):
-            words = f"token {i} is {ours.get(i)!r} in the student's and {theirs.get(i)!r} in --teacher-model's"
-            raise UserError(f"student and teacher have different tokenizers: {words}; choose models of one family")
-
-
 def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> None:
     run = common.Run(args, __file__, train_dataset, eval_dataset, bundled_lr=3e-4, real_lr=1e-5)
     if run.finished:
         return
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
     rewarded = not envs.rows_without_reward(train_dataset)  # no reward is needed, but it shows where there is one
-    check_tokenizers(tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False))
-    contexts = [common.context_length(common.load_config(name)) for name in (run.source, args.teacher_model)]
-    longest = min(contexts) - args.max_new_tokens
-    prompts = common.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
+    chat.check_same_tokens(
+        tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False)
+    )
+    configs = (run.config, common.load_config(args.teacher_model))
+    longest = min(map(chat.context_length, configs)) - args.max_new_tokens
+    prompts = chat.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
     policy = common.load_policy(run)
     teacher = common.load_frozen(run, args.teacher_model, "teacher")
     engine = common.make_engine(run)

@@ -6,7 +6,7 @@ N is the number of assistant tokens in the step's whole batch, over all micro-ba
 each turn trains, so the model learns to end; system, user and template tokens never do.
 
 What differs from the usual Hugging Face recipe:
-1. The mask comes from the chat template itself (`common.encode_chat`), with no template-specific code.
+1. The mask comes from the chat template itself (`chat.encode_chat`), with no template-specific code.
 2. The mean is over all tokens of the step, not a mean of means, however the batch is cut.
 3. A conversation longer than --max-length is dropped and counted, never cut: a cut would train answers without an end.
 
@@ -30,6 +30,7 @@ from rich.progress import track
 from rich.text import Text
 from torch import Tensor
 
+import chat
 import common
 import envs
 from envs import UserError
@@ -144,7 +145,7 @@ def encode(
     for i in track(range(len(dataset)), "encoding", disable=not show_progress, transient=True):
         try:
             messages = [*dataset[i].prompt, {"role": "assistant", "content": dataset[i].get_target()}]
-            ids, loss_mask = common.encode_chat(tokenizer, messages)
+            ids, loss_mask = chat.encode_chat(tokenizer, messages)
         except UserError as error:
             raise UserError(f"row {i}: {error}") from None
         if len(ids) > max_length:
@@ -174,11 +175,12 @@ def inspect(args: Args, dataset: Any = None) -> None:
     common.check_args(args)
     dataset = envs.load_splits(args, dataset, None)[0]
     tokenizer = common.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
-    context = common.context_length(common.load_config(args.model))
+    config = common.load_config(args.model)
+    context = chat.context_length(config)
     rows = [dataset[i] for i in range(len(dataset))[: args.inspect]]
     conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context))
     console = Console(highlight=False, soft_wrap=True)
-    lines = common.check_tokenizer(tokenizer, args.model)
+    lines = chat.check_tokenizer(tokenizer, config, common.load_generation_config(args.model, config))
     console.print(*lines, *dropped, sep="\n", markup=False)
     for conversation in conversations:
         console.print(show(tokenizer, *conversation), end="\n\n")
@@ -204,7 +206,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     if run.finished:
         return
     tokenizer, accelerator = run.tokenizer, run.accelerator
-    context = common.context_length(common.load_config(run.source))
+    context = chat.context_length(run.config)
     options = (tokenizer, min(args.max_length or context, context), run.console.is_terminal)
     conversations, dropped = encode(run.train_dataset, *options)
     eval_conversations: list = []

@@ -38,6 +38,16 @@ onpolicy_distill.py
     distill: log-ratio differentiated ~ \(teacher_logprobs - logprobs\)\.detach\(\) ~ (teacher_logprobs - logprobs)
     distill: teacher without temperature ~ teacher\.head\(teacher_states, [\w.]+\) ~ teacher.head(teacher_states)
     denominator of this process, distill ~ run\.sum\((loss_mask\.sum\(\))\) ~ float(\1)
+chat.py
+    mask: stop token does not train ~ position \+ len\(end_of_turn\) if ~ position if
+    mask: header trains where it swallows a line end ~ start \+ len\(.*rstrip\(\)\) if token in special else end ~ end
+    mask: turn found wherever it stands ~ if text\.startswith\((before \+ t \+ after), position\) ~ if (\1) in text
+    engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[end\] if end else \[\]\) ~ convert_tokens_to_ids([])
+packing.py
+    pack: one token less of the prefix ~ \.tril\(shared\) ~ .tril(shared - 1)
+    pack: window one token too long ~ \.triu\(shared - window\) ~ .triu(shared - window - 1)
+    pack: positions begin at 0 ~ positions \+= range\(shared, end\) ~ positions += range(end - shared)
+    pack: keys of another sequence ~ keys = \[\*keys\[:shared\], ~ keys = [*range(shared),
 common.py
     gradients averaged over processes ~ \(loss \* run\.processes\)\.backward\(\) ~ loss.backward()
     passes: a process has fewer ~ max\(gather_object\(\[len\(passes\)\]\)\) ~ len(passes)
@@ -45,17 +55,9 @@ common.py
     temperature missing ~ logits if temperature == 1 else logits / temperature ~ logits
     head: rows of padding ~ \[:, : self\.vocab_size\] ~
     mask: prompt trains ~ before = \[0\] \* len\(prompt\) ~ before = [1] * len(prompt)
-    mask: stop token does not train ~ position \+ len\(end_of_turn\) if ~ position if
-    mask: header trains where it swallows a line end ~ start \+ len\(.*rstrip\(\)\) if token in special else end ~ end
-    mask: turn found wherever it stands ~ if text\.startswith\((before \+ t \+ after), position\) ~ if (\1) in text
-    pack: one token less of the prefix ~ \.tril\(shared\) ~ .tril(shared - 1)
-    pack: window one token too long ~ \.triu\(shared - window\) ~ .triu(shared - window - 1)
-    pack: positions begin at 0 ~ positions \+= range\(shared, end\) ~ positions += range(end - shared)
-    pack: keys of another sequence ~ keys = \[\*keys\[:shared\], ~ keys = [*range(shared),
     engine: a group's prompt for other rows ~ cache\.reorder_cache\(rows\) ~ cache.reorder_cache(rows.flip(0))
     engine: rows that go on mixed up ~ cache\.reorder_cache\(index\) ~ cache.reorder_cache(index.flip(0))
     engine: draws of other rows ~ uniforms\[going, t, None\] ~ uniforms[: len(going), t, None]
-    engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[end\] if end else \[\]\) ~ convert_tokens_to_ids([])
     seeds: same on every process ~ first = self\.accelerator\.process_index \* count ~ first = 0
     rows: same on every process ~ \(\(step - 1\) \* self\.processes \+ self\.accelerator\.process_index\) ~ (step - 1)
     gap: NaN passes ~ if not gap <= run\.args\.max_logprob_gap ~ if gap > run.args.max_logprob_gap

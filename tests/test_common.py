@@ -15,8 +15,10 @@ from conftest import ROOT
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
+import chat
 import common
 import grpo
+import packing
 from common import ChunkedLM, HFEngine, UserError, completion_seed, encode_prompt, token_logprobs
 
 CPU, F64 = torch.device("cpu"), torch.float64
@@ -58,6 +60,11 @@ START_UP = [  # eos_token_id (None: nowhere), more tokens, a template around the
 ]
 
 
+def check_tokenizer(tokenizer, folder):
+    config = common.load_config(str(folder))
+    return chat.check_tokenizer(tokenizer, config, common.load_generation_config(str(folder), config))
+
+
 @pytest.mark.parametrize(("eos", "more", "template", "said"), START_UP)
 def test_start_up_says_what_begins_and_ends_a_sequence_or_does_not_fit(folder, eos, more, template, said):
     rewrite(folder / "config.json", eos_token_id=eos)
@@ -69,7 +76,7 @@ def test_start_up_says_what_begins_and_ends_a_sequence_or_does_not_fit(folder, e
         tokenizer.eos_token = None
         (folder / "generation_config.json").unlink()
     try:
-        told = "\n".join(common.check_tokenizer(tokenizer, str(folder)))
+        told = "\n".join(check_tokenizer(tokenizer, folder))
     except UserError as error:
         told = f"error: {error}"
     assert said.removeprefix("error: ") in told
@@ -82,7 +89,7 @@ def test_a_bos_that_the_tokenizer_writes_and_the_template_does_not_is_told(folde
     tokenizer.bos_token = "<|endoftext|>"
     options = {"single": "<|endoftext|> $A", "pair": "$A $B", "special_tokens": [("<|endoftext|>", 0)]}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**options)
-    assert "the chat template writes no <|endoftext|>" in common.check_tokenizer(tokenizer, str(folder))[1]
+    assert "the chat template writes no <|endoftext|>" in check_tokenizer(tokenizer, folder)[1]
 
 
 def test_a_stop_token_that_is_not_special_is_no_text_of_the_completion(folder):
@@ -93,7 +100,7 @@ def test_a_stop_token_that_is_not_special_is_no_text_of_the_completion(folder):
     (folder / "tokenizer.json").write_text(json.dumps(tokens))
     tokenizer = common.load_tokenizer(str(folder))
     assert tokenizer.decode([65, 2], skip_special_tokens=True).endswith("<|im_end|>")  # it lies
-    assert common.stop_token_ids(GenerationConfig(), tokenizer) == [2]
+    assert chat.stop_token_ids(GenerationConfig(), tokenizer) == [2]
     assert common.Completion([65, 2], [0.0, 0.0], "stop").text(tokenizer) == tokenizer.decode([65])
     assert common.Completion([65, 66], [0.0, 0.0], "length").text(tokenizer) == tokenizer.decode([65, 66])
 
@@ -239,11 +246,11 @@ def test_the_kernel_gets_the_lengths_and_keys_of_the_picture():
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):  # as varlen_attn's
         calls.append((q, k, v, cu_q, cu_k, max_q, max_k, scale, window_size))
-        return common.loop_of_sdpa(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+        return packing.loop_of_sdpa(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
 
     ids = [[10, 11, 12, 13, 14, 9], [10, 11, 12, 20, 21, 9], [30, 31, 9]]
     batch = padded(ids, [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1], [0, 1, 1]])
-    inputs, (source, _), where = common.pack(batch[0], batch[2])
+    inputs, (source, _), where = packing.pack(batch[0], batch[2])
     assert inputs["input_ids"].tolist() == [[10, 11, 12, 13, 14, 20, 21, 30, 31]]
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 3, 4, 0, 1]]
     assert source.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8]
@@ -267,9 +274,9 @@ def test_a_kernel_that_fails_gives_way_to_the_loop_and_that_to_padded_batches(mo
     def fails(*args, **options):
         raise TypeError("unexpected keyword argument")
 
-    monkeypatch.setattr(common, "pick_kernel", lambda *args: (fails, "fast"))
+    monkeypatch.setattr(packing, "pick_kernel", lambda *args: (fails, "fast"))
     assert ChunkedLM(common.load_model("tiny", CPU)).batches == "packed batches, sdpa attention"
-    monkeypatch.setattr(common, "loop_of_sdpa", fails)
+    monkeypatch.setattr(packing, "loop_of_sdpa", fails)
     lm = ChunkedLM(common.load_model("tiny", CPU))
     assert (lm.kernel, lm.model.config._attn_implementation) == (None, "sdpa")
 
@@ -547,11 +554,11 @@ def test_compute_and_kernel_are_what_the_device_has_and_never_cudnns(monkeypatch
     assert asked == [{"including_emulation": False}] * 2
     assert common.pick_compute(grpo.Args(dtype="bf16", micro_batch_tokens=77), CPU) == (bf16, 77)
     flash = types.SimpleNamespace(varlen_attn=max, flash_attn_varlen_func=max)
-    monkeypatch.setattr(common.importlib, "import_module", lambda name: flash)
+    monkeypatch.setattr(packing.importlib, "import_module", lambda name: flash)
     for installed, name in ((None, "varlen_attn"), (flash, "flash-attn")):
-        monkeypatch.setattr(common.importlib.util, "find_spec", lambda name, installed=installed: installed)
-        assert common.pick_kernel("auto", cuda, bf16)[1] == name
-        assert common.pick_kernel("sdpa", cuda, bf16)[1] == common.pick_kernel("auto", cuda, float32)[1] == "sdpa"
+        monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name, installed=installed: installed)
+        assert packing.pick_kernel("auto", cuda, bf16)[1] == name
+        assert packing.pick_kernel("sdpa", cuda, bf16)[1] == packing.pick_kernel("auto", cuda, float32)[1] == "sdpa"
 
 
 IMPOSSIBLE = {
@@ -574,6 +581,6 @@ def test_dropout_is_off_and_the_context_known_where_the_settings_are_nested(tmp_
     transformers.Gemma3Config(text_config=nested).save_pretrained(tmp_path / "gemma")
     transformers.BioGptConfig(hidden_dropout_prob=0.2, layerdrop=0.1).save_pretrained(tmp_path / "biogpt")
     config = common.load_config(str(tmp_path / "gemma"))
-    assert (config.text_config.attention_dropout, common.context_length(config)) == (0.0, 77)
+    assert (config.text_config.attention_dropout, chat.context_length(config)) == (0.0, 77)
     config = common.load_config(str(tmp_path / "biogpt"))
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob, config.layerdrop) == (0.0, 0.0, 0.0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import read_metrics, run_main, run_script
 
+import chat
 import common
 import sft
 from envs import EnvBase, UserError
@@ -75,7 +76,7 @@ def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_trained_tokens_are_coloured(tokenizer):
-    ids, mask = common.encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    ids, mask = chat.encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     text = sft.show(tokenizer, ids, mask)
     assert [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)] == ["«b<|im_end|>»"]
 

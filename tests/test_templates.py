@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 import common
-from common import UserError
+from chat import encode_chat, encode_prompt, find_turns
+from envs import UserError
 
 
 @dataclass
@@ -165,7 +166,7 @@ def chat(*texts, system=None):
 
 def trained(tokenizer, messages, **template_args):
     """Each run of trained tokens, as text."""
-    ids, mask = common.encode_chat(tokenizer, messages, **template_args)
+    ids, mask = encode_chat(tokenizer, messages, **template_args)
     runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
     kept = [[token for token, _ in run] for keep, run in runs if keep]
     return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in kept]
@@ -196,13 +197,13 @@ def test_every_family_trains_texts_and_stop_tokens(by_bytes, name):
 
 def test_a_prompt_is_the_beginning_of_its_conversation_also_in_parts(tokenizer):
     parts = [[{"type": "text", "text": part} for part in text.split()] for text in ("a a", "b", "c c", "d d")]
-    ids, mask = common.encode_chat(tokenizer, chat(*parts))
-    assert (ids, mask) == common.encode_chat(tokenizer, chat("aa", "b", "cc", "dd"))
-    prompt = common.encode_prompt(tokenizer, chat(*parts[:3]))
+    ids, mask = encode_chat(tokenizer, chat(*parts))
+    assert (ids, mask) == encode_chat(tokenizer, chat("aa", "b", "cc", "dd"))
+    prompt = encode_prompt(tokenizer, chat(*parts[:3]))
     assert ids[: len(prompt)] == prompt
     assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
     with pytest.raises(UserError, match="nothing to train"):
-        common.encode_chat(tokenizer, chat("a"))
+        encode_chat(tokenizer, chat("a"))
 
 
 def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokenizer, tmp_path):
@@ -210,9 +211,9 @@ def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokeni
     mine.write_text("{{ begin }}" + TURNS + "{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
     given = common.load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
     assert trained(given, chat("a", "b")) == ["b<|im_end|>"]
-    ids, _ = common.encode_chat(given, chat("a", "b"))
+    ids, _ = encode_chat(given, chat("a", "b"))
     assert given.decode(ids).startswith("!!user>a")
-    assert given.decode(common.encode_prompt(given, chat("a"))).startswith("!!user>a")
+    assert given.decode(encode_prompt(given, chat("a"))).startswith("!!user>a")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template: pass --chat-template FILE\.jinja"):
@@ -304,9 +305,9 @@ def test_a_token_over_a_border_belongs_where_it_ends(by_merges, name):
     """Then a run may begin with the end of its header, and lose the beginning of a token that what follows ends."""
     style, tokenizer, across = STYLES[name], by_merges[name], 0
     for answers in itertools.product(("yes", "no", " maybe", "a.\n", ""), repeat=2):
-        text, spans, _ = common.find_turns(tokenizer, chat("why", answers[0], "no", answers[1]), {})
+        text, spans, _ = find_turns(tokenizer, chat("why", answers[0], "no", answers[1]), {})
         assert [text[a:b] for a, b in spans] == expected(style, answers)
-        ids, mask = common.encode_chat(tokenizer, chat("why", answers[0], "no", answers[1]))
+        ids, mask = encode_chat(tokenizer, chat("why", answers[0], "no", answers[1]))
         ends = list(itertools.accumulate(len(tokenizer.decode([i])) for i in ids))
         for start, end, keep in zip([0, *ends], ends, mask, strict=False):
             assert keep == any(a < end <= b for a, b in spans)

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, read_metrics, run_script
 from test_processes import start_two
 
+import chat
 import common
 import envs
 from common import ChunkedLM, HFEngine, UserError, VLLMEngine, completion_seed
@@ -56,11 +57,11 @@ class Pair:
     def __init__(self, source, brace=None, count=64):
         self.brace, self.tokenizer = brace, common.load_tokenizer(source)
         self.model = common.load_model(source, CPU)
-        self.hf = HFEngine(ChunkedLM(self.model, vocab_size=common.vocab_size(self.tokenizer)), self.tokenizer, 512)
+        self.hf = HFEngine(ChunkedLM(self.model, vocab_size=chat.vocab_size(self.tokenizer)), self.tokenizer, 512)
         self.vllm = VLLMEngine(source, self.tokenizer, F32, engine_args(), trains=True)
         self.vllm.sync(self.model)
         chats = [env.prompt for env in envs.load_dataset("math", "eval", num_samples=count - 1)]
-        self.prompts = [common.encode_prompt(self.tokenizer, messages) for messages in chats]
+        self.prompts = [chat.encode_prompt(self.tokenizer, messages) for messages in chats]
         self.prompts.append([token for prompt in self.prompts for token in prompt][:400])
         self.seeds = [completion_seed(1, 1, i) for i in range(count)]
 
@@ -70,7 +71,7 @@ class Pair:
 
     def gaps(self, completions, temperature, model=None):
         """|trainer - engine| of each token, by a plain forward pass of the whole sequence."""
-        gaps, known = [], common.vocab_size(self.tokenizer)
+        gaps, known = [], chat.vocab_size(self.tokenizer)
         for prompt, completion in zip(self.prompts, completions, strict=True):
             ids = torch.tensor([prompt + completion.token_ids])
             with torch.no_grad():
@@ -172,7 +173,7 @@ def test_completions_hold_their_stop_token_and_say_why_they_ended(tied, untied):
 
 
 def test_rows_of_the_head_without_a_token_are_never_drawn_though_the_head_wants_them(untied):
-    known = common.vocab_size(untied.tokenizer)
+    known = chat.vocab_size(untied.tokenizer)
     assert max(token for c in untied.generate(untied.vllm, 1.0) for token in c.token_ids) < known
     assert untied.model(input_ids=torch.tensor([untied.prompts[0]])).logits[0, -1].argmax() >= known
 

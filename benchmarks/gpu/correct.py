@@ -27,13 +27,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, Qwen2Config
 
 import common
+import packing
 
 DRY = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if DRY else "cuda")
 BF16, F32 = torch.bfloat16, torch.float32
 TOKENS = 2000 if DRY else 151_665  # that Qwen2.5's tokenizer has; the head has more rows
-FAST, FAST_NAME = common.pick_kernel("auto", DEVICE, BF16)  # what a run takes; on a CPU the loop
-KERNELS = {"padded": None, "loop": common.loop_of_sdpa} | ({} if DRY else {FAST_NAME: FAST})
+FAST, FAST_NAME = packing.pick_kernel("auto", DEVICE, BF16)  # what a run takes; on a CPU the loop
+KERNELS = {"padded": None, "loop": packing.loop_of_sdpa} | ({} if DRY else {FAST_NAME: FAST})
 RESULTS: list[dict[str, Any]] = []
 STARTED = time.perf_counter()
 

@@ -27,6 +27,7 @@ from torch.optim import AdamW
 import common
 import grpo
 import onpolicy_distill
+import packing
 import sft
 
 SHAPES = {
@@ -188,14 +189,14 @@ def main(size: str, budget: float, out: Path) -> None:
     common.join_processes()
     bench = Bench(size, budget, out)
     model, small = bench.run.model, size == "0.5B"
-    kernels = {"padded": None, "loop": common.loop_of_sdpa, FAST_NAME: FAST}
+    kernels = {"padded": None, "loop": packing.loop_of_sdpa, FAST_NAME: FAST}
 
     # SFT: kernels, the head's chunks, larger passes
     tokens, trained = (float(np.mean([b[i].sum().item() for b in bench.sft_batches])) for i in (1, 2))
     work = bench.work(model, tokens, trained)
     if small:  # 8 conversations: where cuDNN attends, each new length may cost half a second, forward and backward
         for cudnn in (True, False):
-            step = functools.partial(bench.sft_step, common.loop_of_sdpa, 4096, 8)
+            step = functools.partial(bench.sft_step, packing.loop_of_sdpa, 4096, 8)
             with switched(cudnn=cudnn):
                 name = f"sft of 8, loop, cuDNN {'as by default' if cudnn else 'off'}"
                 bench.measure(name, step, tokens / 8, work / 8, repeats=1)
