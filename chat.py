@@ -4,29 +4,120 @@
 begins.
 """
 
+import contextlib
 import functools
+import itertools
+import json
 import re
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-import envs
-from envs import Message, UserError, shorten
+BUNDLED = {name: str(Path(__file__).resolve().parent / "models" / name) for name in ("tiny", "tiny-teacher")}
+Message = dict[str, Any]  # role and content, both text, and where it is given `weight`: 0, and the turn does not train
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FLAGS = ("weight", "train", "training", "trainable", "loss")  # what people call `weight`
 
 
-@contextmanager
+class UserError(Exception):
+    """The user's mistake: `common.run` prints it as one line and exits with code 2."""
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+
+
+@contextlib.contextmanager
 def loading(what: str) -> Generator[None]:
     """Turns the library's errors about what is missing or broken into one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, TypeError, jinja2.TemplateError) as error:
+    except Exception as error:  # each library has types of its own
+        if isinstance(error, (UserError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
+            raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"cannot load {what}: {lines[0] if lines else type(error).__name__}") from error
+
+
+def check_messages(messages: Any, where: str = "") -> list[Message]:
+    """Contents as text, also where they are lists of parts, and `weight` as 0 or 1 where a message or part has a flag.
+
+    Raises a UserError for anything else, which begins with `where`.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}messages must be a list with at least one message")
+    checked = []
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise UserError(f"{where}each message must be an object with content and a role of {', '.join(ROLES)}")
+        # What is empty says nothing (a table fills its gaps with None), but templates may write something for it.
+        message = {key: value for key, value in message.items() if value not in (None, [], {}, "") or key == "content"}
+        more = [key for key in message if key not in ("role", "content", "name", *FLAGS)]
+        if message["role"] == "assistant" and more:
+            raise UserError(f"{where}an assistant message has {', '.join(more)}: write it into content, or drop it")
+        parts: Any = message.get("content")
+        parts = parts if isinstance(parts, list) else [{"text": parts}]
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+            raise UserError(f"{where}the content of each message must be text, or a list of text parts")
+        flags: list[Any] = [item[flag] for item in (message, *parts) for flag in FLAGS if item.get(flag) is not None]
+        if flags and not (flags[0] in (0, 1) and all(flag == flags[0] for flag in flags)):
+            raise UserError(f"{where}{', '.join(FLAGS)} must be 0, 1, false or true, for a whole turn, not {flags}")
+        if message["role"] != "assistant" and flags and flags[0]:
+            raise UserError(f"{where}a message of the {message['role']} is to train: only the assistant's do")
+        content = "".join(part["text"] for part in parts)
+        if any("\ud800" <= character <= "\udfff" for character in content):
+            raise UserError(f"{where}a text holds half of a surrogate pair: {shorten(ascii(content))}")
+        checked.append(message | {"content": content} | ({"weight": int(flags[0])} if flags else {}))
+    return checked
+
+
+def load_tokenizer(
+    model: str, chat_template: str | None = None, needs_template: bool = True, template_args: str = "{}"
+) -> Any:
+    """With --chat-template and --chat-template-args. Raises a UserError without a template or character offsets."""
+    with loading(f"the tokenizer of {model}"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(BUNDLED.get(model, model))
+        if isinstance(tokenizer.chat_template, dict):  # several by name
+            tokenizer.chat_template = tokenizer.get_chat_template()
+        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+            raise ValueError("it makes no tokens of a text: is tokenizer.json missing?")
+    if chat_template is not None:
+        with loading(f"--chat-template {chat_template}"):
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
+    if tokenizer.chat_template is None and needs_template:
+        raise UserError(f"{model} has no chat template: pass --chat-template FILE.jinja, or use an instruct model")
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {model} gives no character offsets: a fast tokenizer is needed")
+    tokenizer.template_args = json.loads(template_args)  # for `render`
+    return tokenizer
+
+
+def load_config(model: str) -> Any:
+    """The configuration, with every dropout 0."""
+    with loading(f"the model {model}"):
+        config = AutoConfig.from_pretrained(BUNDLED.get(model, model))
+    for part in (config, config.get_text_config()):
+        for name in [name for name, value in vars(part).items() if "drop" in name and type(value) is float]:
+            setattr(part, name, 0.0)
+    return config
+
+
+def load_generation_config(model: str, config: Any) -> GenerationConfig:
+    """What the author wrote for generation, its stop tokens first of all; without such a file, the model's own."""
+    path = BUNDLED.get(model, model)
+    if (Path(path) / "generation_config.json").exists():
+        with loading(f"{path}/generation_config.json"):
+            return GenerationConfig.from_pretrained(path)
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
 
 
 def context_length(config: Any) -> int:
@@ -41,90 +132,264 @@ def vocab_size(tokenizer: Any) -> int:
 @functools.lru_cache(maxsize=4)  # `_size` is only part of the key: a tokenizer that got new tokens is read again
 def added_tokens(tokenizer: Any, _size: int) -> tuple[frozenset[int], re.Pattern]:
     """Ids of the tokens beside the ordinary vocabulary, such as <|im_end|>; a pattern of white space and one."""
-    names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    names = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     pattern = "|".join(map(re.escape, sorted(names.values(), key=len, reverse=True)))
-    return frozenset(names), re.compile(rf"\s*(?:{pattern or '(?!)'})")
+    return frozenset(names), re.compile(rf"\s*({pattern or '(?!)'})")
+
+
+@functools.lru_cache(maxsize=16)
+def wants_parts(tokenizer: Any, template: str) -> bool:
+    """Whether the template takes contents as lists of parts only, as those of vision models do."""
+
+    def writes(content: Any) -> bool:
+        with contextlib.suppress(Exception):
+            return "\u2983" in tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        return False
+
+    return "content" in template and not writes("\u2983") and writes([{"type": "text", "text": "\u2983"}])
 
 
 def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool = False) -> str:
     template_args = getattr(tokenizer, "template_args", {}) | template_args
-    with loading("the conversation into the chat template"):
+    if wants_parts(tokenizer, tokenizer.chat_template):
+        messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **template_args)
+    except Exception as error:  # a template can fail in any way that Python can
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"the chat template refuses the conversation: {reason}") from error
+
+
+def cache_key(tokenizer: Any, template_args: dict[str, Any]) -> tuple[Any, ...]:
+    return tokenizer, tokenizer.chat_template, len(tokenizer), json.dumps(template_args, default=str)
+
+
+@functools.lru_cache(maxsize=1024)
+def left_out(tokenizer: Any, _template: str, _size: int, template_args: str, shape: str, prompt: bool) -> list[str]:
+    """Roles whose messages the template drops from a conversation of that shape, but for the assistant's."""
+    messages = [message | {"content": f"\u2983{i}\u2984"} for i, message in enumerate(json.loads(shape))]
+    text = render(tokenizer, messages, json.loads(template_args), prompt)
+    return [m["role"] for m in messages if m["role"] != "assistant" and m["content"] not in text]
+
+
+def check_context(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool) -> None:
+    """Raises a UserError when the template drops a message: a system prompt, a tool's result."""
+    shape = json.dumps([{key: m[key] for key in m if key != "content"} for m in messages], default=str)  # all but texts
+    if lost := left_out(*cache_key(tokenizer, template_args), shape, prompt):
+        raise UserError(f"the chat template drops the {lost[0]} message of {', '.join(m['role'] for m in messages)}")
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to write."""
-    text = render(tokenizer, envs.with_text_content(messages), template_args, prompt=True)
+    messages = check_messages(messages)
+    check_context(tokenizer, messages, template_args, prompt=True)
+    text = render(tokenizer, messages, template_args, prompt=True)
     # A BOS token is the template's to write.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_prompts(tokenizer: Any, dataset: Any, rows: Sequence[int], longest: int) -> dict[int, list[int]]:
     """Row -> token ids of its prompt. Raises a UserError when one has more than `longest` tokens."""
-    prompts = {row: encode_prompt(tokenizer, dataset[row].prompt) for row in rows}
-    for row, ids in prompts.items():
-        if len(ids) > longest:
-            words = f"the prompt of row {row} has {len(ids)} tokens"
+    prompts = {}
+    for row in rows:
+        try:
+            prompts[row] = encode_prompt(tokenizer, dataset[row].prompt)
+        except UserError as error:
+            raise UserError(f"row {row}: {error}") from None
+        if len(prompts[row]) > longest:
+            words = f"the prompt of row {row} has {len(prompts[row])} tokens"
             raise UserError(f"{words}, and the context less --max-new-tokens leaves {longest}")
     return prompts
 
 
-def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list, str]:
-    """A rendered conversation, the characters [start, end) of each assistant turn in it, and the end-of-turn token.
+def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """With how many tokens, or characters, both begin."""
+    for n, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return n
+    return min(len(one), len(other))
 
-    A second rendering has a sentinel in place of each assistant text; between them stands the template's own:
-    "<user>2+2?<end><assistant>4<end>" has ["<user>2+2?<end><assistant>", "<end>"]. With the texts put back, trimmed or
-    not, the first rendering must come out. Thinking, up to `</think>`, stays in the second, for templates rewrite it or
-    drop it from earlier turns; where it is kept, the turn begins with what of it the generation prompt does not write.
-    The end-of-turn token is what follows the last turn ("" if nothing does), with white space before it, and belongs to
-    each turn it follows; another one heads the next message, or does not stop generation (gpt-oss).
+
+def template_parts(tokenizer: Any, messages: list[Message], texts: dict[int, str], args: dict[str, Any]) -> list[str]:
+    """What the template itself writes before, between and after texts that stand in some messages, `texts`: by index.
+
+    "<user>2+2?<end><assistant>4<end>" has the parts "<user>2+2?<end><assistant>" and "<end>" around the answer.
+    """
+    hidden, sentinel = list(messages), "\u2983\u2984"
+    while any(sentinel in message["content"] for message in messages):
+        sentinel += "\u2984"
+    for i, before in texts.items():
+        hidden[i] = messages[i] | {"content": before + sentinel}
+    parts = render(tokenizer, hidden, args).split(sentinel)
+    if len(parts) != len(texts) + 1 or "" in parts[:-1]:
+        raise UserError(f"the chat template does not write each of {len(texts)} assistant turns once, after a header")
+    return parts
+
+
+def find_texts(text: str, parts: list[str], answers: list[str]) -> list[tuple[int, int]]:
+    """Where the answers, trimmed or not, stand in a rendering that must be the parts with the answers between them."""
+    spans, position = [], 0
+    for n, answer in enumerate(answers):
+        before, after = parts[n], parts[n + 1]
+        trimmed = (answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n"))
+        # For an empty text some templates write no line.
+        befores = {before: None, before.rstrip() if not answer.strip() else before: None}
+        afters = {after: None, after.rstrip() if n + 1 < len(answers) and not answers[n + 1].strip() else after: None}
+        ways = itertools.product(befores, trimmed, afters)
+        found = next((way for way in ways if text.startswith("".join(way), position)), None)
+        if found is None:
+            what = shorten(before + answer + after)
+            raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
+        start = position + len(found[0])
+        position = start + len(found[1])
+        spans.append((start, position))
+    if text[position:] != parts[-1]:
+        raise UserError(f"the chat template writes something else after the last assistant turn: {text[position:]!r}")
+    return spans
+
+
+def reached_by_prompt(
+    tokenizer: Any, before: list[Message], args: dict[str, Any], text: str, first: int, differs: int, last: int
+) -> int | None:
+    """Where in a rendering, from `first` to `last`, generation begins after the messages `before`; None: nowhere.
+
+    At `differs` the rendering becomes another one than without thinking.
+    """
+    prompt, context = (render(tokenizer, before, args, prompt=prompt) for prompt in (True, False))
+    if text.startswith(prompt) and len(prompt) <= last:
+        return len(prompt)
+    # What came before is rendered in another way now; or the prompt writes a block of thinking that is not this one.
+    header = prompt[shared_prefix(prompt, context) :]
+    for words in (header, header.partition("<think>")[0]):
+        if words and (at := text.rfind(words, first, min(last, differs + len(words) - 1))) >= 0:
+            return at + len(words)
+    return None
+
+
+def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list]:
+    """A rendered conversation, and the characters [start, end) of each assistant turn in it, with what closes it.
+
+    A second rendering has a sentinel in place of each assistant text. With the texts put back, the first must come out:
+    that is the proof. Templates that rewrite thinking, or drop it from earlier turns, fail it; then only what follows
+    `</think>` is hidden. The thinking is kept where the template's part before the text is another one than without
+    thinking; there the turn begins with what of the thinking the generation prompt does not write.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn has nothing to train")
-    text, hidden, sentinel = render(tokenizer, messages, template_args), list(messages), "\u2983\u2984"
-    while sentinel in text:
-        sentinel += "\u2984"
-    for i in turns:
-        thinking, mark, _ = messages[i]["content"].rpartition("</think>")
-        hidden[i] = messages[i] | {"content": thinking + mark + sentinel}
-    parts = render(tokenizer, hidden, template_args).split(sentinel)
-    if len(parts) != len(turns) + 1 or "" in parts[:-1]:
-        raise UserError(f"the chat template does not write each of {len(turns)} assistant turns once, after a header")
-    after_last = render(tokenizer, hidden[: turns[-1] + 1], template_args).split(sentinel)[-1]
-    match = added_tokens(tokenizer, len(tokenizer))[1].match(after_last)
-    end_of_turn = match.group() if match else ""
-    spans, position = [], 0
-    for n, i in enumerate(turns):
-        before, after = parts[n], parts[n + 1]
-        thinking, _, answer = messages[i]["content"].rpartition("</think>")
-        trimmed = (answer, answer.strip(), answer.lstrip(), answer.rstrip(), answer.strip("\n"), answer.lstrip("\n"))
-        written = next((t for t in trimmed if text.startswith(before + t + after, position)), None)
-        if written is None:
-            what = shorten(before + answer + after)
-            raise UserError(f"the chat template rewrites assistant turn {n + 1} or its own text around it: no {what!r}")
-        start = position + len(before)
-        position = start + len(written)
-        thought = thinking.replace("<think>", "").strip()
-        if thought and thought in before:  # kept, or the user's words are the same
-            prompt = render(tokenizer, messages[:i], template_args, prompt=True)
-            if not text.startswith(prompt):
-                raise UserError(f"the generation prompt does not lead to the thinking of assistant turn {n + 1}")
-            if thought in text[len(prompt) : start]:
-                start = max(len(prompt), text.find("<think>", len(prompt), start))
-        end = position + len(end_of_turn) if text.startswith(end_of_turn, position) else position
-        spans.append((start, end))
-    if text[position:] != parts[-1]:
-        raise UserError(f"the chat template writes something else after the last assistant turn: {text[position:]!r}")
-    return text, spans, end_of_turn
+    text, answers = render(tokenizer, messages, template_args), [messages[i]["content"] for i in turns]
+    parts = template_parts(tokenizer, messages, dict.fromkeys(turns, ""), template_args)
+    try:
+        spans = find_texts(text, parts, answers)
+    except UserError:
+        cut = [answer.rpartition("</think>") for answer in answers]
+        if not any(mark for _, mark, _ in cut):
+            raise
+        thinking = {i: thought + mark for i, (thought, mark, _) in zip(turns, cut, strict=True)}
+        with_thinking = template_parts(tokenizer, messages, thinking, template_args)
+        spans = find_texts(text, with_thinking, [answer for *_, answer in cut])
+        for n, i in enumerate(turns):
+            if with_thinking[n] != parts[n]:
+                start, end = spans[n]
+                first = start - len(with_thinking[n])
+                differs = first + shared_prefix(with_thinking[n], parts[n])
+                begin = reached_by_prompt(tokenizer, messages[:i], template_args, text, first, differs, start)
+                if begin is None:
+                    words = f"the generation prompt does not lead to the thinking of assistant turn {n + 1}"
+                    raise UserError(words) from None
+                # Where both have the tag, without thinking stands an empty block.
+                tag = text.rfind("<think>", begin, differs + len("<think>"))
+                opens = tag >= 0 and "</think>" not in text[tag:differs]
+                spans[n] = max(tag if opens else differs, begin), end
+    ends = ends_of_turns(*cache_key(tokenizer, template_args))
+    for n, (start, end) in enumerate(spans):
+        spans[n] = start, end + ends.find(text, end, is_last=turns[n] == len(messages) - 1)
+    return text, spans
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What closes assistant turns, with white space before it: the last one and earlier ones; "" where nothing does.
+
+    `stop` ends generation, or is ""; `header` are the special tokens that begin messages; `special` finds any.
+    """
+
+    last: str
+    earlier: str
+    stop: str
+    header: frozenset[str | None]
+    special: re.Pattern
+
+    def find(self, text: str, at: int, is_last: bool) -> int:
+        """How many characters close the turn whose text ends at `at`. Raises a UserError when it is not known."""
+        for closing in sorted({self.last, self.earlier} - {""}, key=len, reverse=True):
+            if text.startswith(closing, at):
+                return len(closing)
+        other = run_of_tokens(self.special, text[at:], self.header)  # such as Llama 3.1's before a tool's message
+        if not other and (self.last if is_last else self.earlier):
+            raise UserError(f"an assistant turn ends in another way than the template's turns do: {text[at:][:30]!r}")
+        return len(other) if self.last or self.earlier else 0
+
+
+def run_of_tokens(special: re.Pattern, text: str, but: frozenset[str | None]) -> str:
+    """The special tokens that a text begins with, and the white space before each, up to one of `but`."""
+    end = 0
+    while (match := special.match(text, end)) and match[1] not in but:
+        end = match.end()
+    return text[:end]
+
+
+@functools.lru_cache(maxsize=16)
+def ends_of_turns(tokenizer: Any, _template: str, _size: int, template_args: str) -> Ends:
+    """What closes turns, from the rendering of two.
+
+    A last turn is closed by what follows it, up to the last special token. An earlier one may have another end
+    (gpt-oss, OLMo): the special tokens that follow it, up to one that belongs to a header. The last one's last token
+    stops, unless it stands inside of turns as well.
+    """
+    args, special = json.loads(template_args), added_tokens(tokenizer, len(tokenizer))[1]
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": f"\u2983{i}\u2984"} for i, role in enumerate(roles)]
+    try:
+        text = render(tokenizer, messages, args)
+    except UserError:  # one turn only
+        messages = messages[:2]
+        text = render(tokenizer, messages, args)
+    first, answer, *others = (message["content"] for message in messages)
+    after_last = text.partition(messages[-1]["content"])[2]
+    ends = [match.end() for match in special.finditer(after_last)]
+    last = after_last[: ends[-1]] if ends else ""
+    between = text.partition(answer)[2].partition(others[0])[0] if others else ""
+
+    context, prompt = (render(tokenizer, messages[:-1], args, prompt=prompt) for prompt in (False, True))
+    prompted = prompt[shared_prefix(prompt, context) :]  # the header of the assistant
+    closes = (special.findall(between) or [None])[0]
+    if closes and special.findall(prompted)[:1] == [closes] != special.findall(text)[:1]:
+        prompted = prompted.partition(closes)[2]  # Qwen1.5 closes the last message of the user here only
+    # The user's header is what stands before the first text, but for what closes a system prompt.
+    before = text.partition(first)[0]
+    header = {tokenizer.bos_token, *special.findall(prompted), *special.findall(before)[-1:]}
+    header |= set(special.findall(before.rpartition(closes)[2] if closes else before))
+    earlier = run_of_tokens(special, between, frozenset(header))
+
+    stop = (special.findall(last or earlier) or [""])[-1]
+    thinking = [*messages[:-1], messages[-1] | {"content": f"<think>{first}</think>{messages[-1]['content']}"}]
+    turn = render(tokenizer, thinking, args).partition(messages[-1]["content"])[0]
+    inside = prompted + turn.removeprefix(prompt) if turn.startswith(prompt) else prompted
+    if stop in special.findall(inside) or last.count(stop) > 1:
+        stop = ""
+    return Ends(last, earlier, stop, frozenset(header), special)
 
 
 def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -> tuple[list[int], list[int]]:
     """Token ids of a whole conversation and its loss mask: 1 = written by the assistant, its stop token included.
 
-    A token belongs to the turn that its last character does. Raises a UserError as `find_turns` does.
+    A turn whose message has `weight` 0 does not train. A token belongs to the turn that its last character does.
+    Raises a UserError when it can't be proven what trains, or when the template drops a message.
     """
-    text, spans, _ = find_turns(tokenizer, envs.with_text_content(messages), template_args)
+    messages = check_messages(messages)
+    text, spans = find_turns(tokenizer, messages, template_args)
+    check_context(tokenizer, messages, template_args, prompt=False)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     special = added_tokens(tokenizer, len(tokenizer))[0]
     ends = []  # of each token
@@ -132,11 +397,12 @@ def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -
         # The span of a special token may include the white space after it.
         ends.append(start + len(text[start:end].rstrip()) if token in special else end)
     begins, stops = np.array(spans).T
+    weights = np.array([message.get("weight", 1) for message in messages if message["role"] == "assistant"])
     turns = np.searchsorted(stops, ends)  # for each token the first turn that does not end before it
     trained = np.append(begins, len(text))[turns] < ends
     for n in set(np.flatnonzero(begins < stops)) - set(turns[trained]):
         raise UserError(f"assistant turn {n + 1} has no token of its own: {text[begins[n] : stops[n]]!r}")
-    return encoded["input_ids"], trained.astype(int).tolist()
+    return encoded["input_ids"], (trained * np.append(weights, 0)[turns]).astype(int).tolist()
 
 
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -144,16 +410,17 @@ PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 def stop_token_ids(generation_config: GenerationConfig, tokenizer: Any, **template_args: Any) -> list[int]:
     """Every token that ends a completion: of the generation config, the tokenizer, and the template's end of turn."""
-    listed, end = generation_config.eos_token_id, find_turns(tokenizer, PROBE, template_args)[2].strip()
-    ids = tokenizer.convert_tokens_to_ids([end] if end else []) + (listed if isinstance(listed, list) else [listed])
+    stop = ends_of_turns(*cache_key(tokenizer, template_args)).stop
+    listed = generation_config.eos_token_id
+    ids = tokenizer.convert_tokens_to_ids([stop] if stop else []) + (listed if isinstance(listed, list) else [listed])
     return sorted({i for i in (tokenizer.eos_token_id, *ids) if i is not None})
 
 
 def check_tokenizer(tokenizer: Any, config: Any, generation_config: GenerationConfig) -> list[str]:
     """Lines on what begins and ends a sequence. Raises a UserError when tokenizer and model contradict each other."""
     model, bos, rows = tokenizer.name_or_path, tokenizer.bos_token, config.get_text_config().vocab_size
-    stop_ids = stop_token_ids(generation_config, tokenizer)
-    text, ((start, _),), end_of_turn = find_turns(tokenizer, PROBE, {})
+    stop_ids, ends = stop_token_ids(generation_config, tokenizer), ends_of_turns(*cache_key(tokenizer, {}))
+    text, ((start, end),) = find_turns(tokenizer, PROBE, {})
     prompt = render(tokenizer, PROBE[:1], {}, prompt=True)
     # A special token beyond the rows that the template does not write does no harm: Gemma 3 has one, for images.
     beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]
@@ -167,8 +434,9 @@ def check_tokenizer(tokenizer: Any, config: Any, generation_config: GenerationCo
     stops, warnings = ", ".join(tokenizer.convert_ids_to_tokens(stop_ids)), []
     if begins == "no BOS" and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         warnings.append(f"the chat template writes no {bos}, with which the tokenizer begins any other text")
-    if not end_of_turn:
-        warnings.append("the chat template ends no turn with a special token: turns train without a stop token")
+    if end == start + len(PROBE[1]["content"]):
+        which = "the last" if ends.earlier else "a"
+        warnings.append(f"the chat template closes {which} turn with no special token: it trains without a stop token")
     if prompt != text[:start]:
         warnings.append(f"generation begins after {prompt[-30:]!r}, trained turns after {text[:start][-30:]!r}")
     tokens = f"tokens     {begins}, stop {stops}, context {context_length(config):,}"

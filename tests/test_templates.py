@@ -11,10 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
-import common
-from chat import encode_chat, encode_prompt, find_turns
+from chat import cache_key, encode_chat, encode_prompt, ends_of_turns, find_turns, load_tokenizer, stop_token_ids
 from envs import UserError
 
 
@@ -66,6 +65,11 @@ DEEPSEEK = "{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role =
 DEEPSEEK += "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% else %}{{ m.content }}{% endif %}"
 VICUNA = "{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>"
 GPT_OSS = "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
+CLOSES_TWICE = "<|{{ m.role }}|>{% if m.role == 'assistant' %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>"
+CLOSES_TWICE += "{% else %}{{ m.content }}{% endif %}<|END_OF_TURN|>"
+OLMO = "<|im_start|>{{ m.role }}\n{{ m.content }}"
+OLMO += "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>\n' }}"
+QWEN15 = "<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last or m.role == 'user' %}<|im_end|>\n{% endif %}"
 GPT_OSS += "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
 STYLES = {
     "qwen2.5": Style(
@@ -85,7 +89,7 @@ STYLES = {
         trims=True,
         system=False,
     ),
-    "llama2, a space before the stop token": Style(turns(LLAMA2), "<s> </s>", " </s>", trims=True),
+    "llama2, a space before the stop token": Style(turns(LLAMA2), "<s> </s>", " </s>", trims=True, system=False),
     "phi3, tokens that swallow the line's end": Style(
         turns("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n"),
         "<|user|> <|assistant|> <|system|> <|end|> <|endoftext|>",
@@ -109,7 +113,21 @@ STYLES = {
         turns(GPT_OSS, "<|start|>assistant"),
         "<|start|> <|channel|> <|message|> <|end|> <|return|>",
         "<|return|>",
-        middle="",
+        middle="<|end|>",
+    ),
+    "command, which closes the text and the turn": Style(
+        turns(CLOSES_TWICE, "<|assistant|>"),
+        "<|user|> <|assistant|> <|system|> <|START_RESPONSE|> <|END_RESPONSE|> <|END_OF_TURN|>",
+        "<|END_RESPONSE|><|END_OF_TURN|>",
+    ),
+    "olmo, whose last turn has an end of its own": Style(
+        turns(OLMO, "<|im_start|>assistant\n", BE_HELPFUL),
+        "<|im_start|> <|im_end|> <|endoftext|>",
+        "<|endoftext|>",
+        middle="<|im_end|>",
+    ),
+    "qwen1.5, whose last turn has none": Style(
+        turns(QWEN15, "<|im_start|>assistant\n"), "<|im_start|> <|im_end|>", "", middle="<|im_end|>"
     ),
 }
 
@@ -191,7 +209,7 @@ def test_every_family_trains_texts_and_stop_tokens(by_bytes, name):
     if style.system:
         assert trained(tokenizer, chat("Hi", "No", system="Yes or No?")) == [no]
     else:
-        with pytest.raises(UserError, match="System role not supported"):
+        with pytest.raises(UserError, match=r"System role not supported|drops the system message of system, user"):
             trained(tokenizer, chat("Hi", "No", system="Yes or No?"))
 
 
@@ -209,7 +227,7 @@ def test_a_prompt_is_the_beginning_of_its_conversation_also_in_parts(tokenizer):
 def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokenizer, tmp_path):
     mine = tmp_path / "mine.jinja"
     mine.write_text("{{ begin }}" + TURNS + "{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
-    given = common.load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
+    given = load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
     assert trained(given, chat("a", "b")) == ["b<|im_end|>"]
     ids, _ = encode_chat(given, chat("a", "b"))
     assert given.decode(ids).startswith("!!user>a")
@@ -217,9 +235,9 @@ def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokeni
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template: pass --chat-template FILE\.jinja"):
-        common.load_tokenizer(str(tmp_path / "model"))
+        load_tokenizer(str(tmp_path / "model"))
     with pytest.raises(UserError, match=r"cannot load --chat-template missing\.jinja"):
-        common.load_tokenizer("tiny", "missing.jinja")
+        load_tokenizer("tiny", "missing.jinja")
 
 
 def test_tool_messages_and_consecutive_turns(by_bytes):
@@ -267,12 +285,33 @@ def test_thinking_among_what_the_template_writes(by_bytes):
     assert trained(glm, chat("hm", hm, "hm", hm)) == ["Yes", "hm</think>\nYes"]  # the prompt writes the tag
 
 
-def test_thinking_that_generation_cannot_reach_is_refused(by_bytes):
+def test_thinking_that_generation_cannot_reach_trains_where_it_stands_verbatim_only(by_bytes):
     tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
     tokenizer.chat_template = turns(CHATML, "<|im_start|>ai\n")
-    assert trained(tokenizer, chat("Hi", "Yes")) == ["Yes<|im_end|>"]
+    for answer in ("Yes", "<think>hm</think>Yes"):
+        assert trained(tokenizer, chat("Hi", answer)) == [answer + "<|im_end|>"]
+    tokenizer = copy.deepcopy(by_bytes["qwen3"])
+    prompt = "assistant\n' }}\n{%- if enable"
+    tokenizer.chat_template = tokenizer.chat_template.replace(prompt, prompt.replace("assistant", "ai"))
     with pytest.raises(UserError, match="does not lead to the thinking of assistant turn 1"):
         trained(tokenizer, chat("Hi", "<think>hm</think>Yes"))
+
+
+TAGS = [  # wherever the tags stand, a template that keeps a text as it is trains all of it
+    "<think>\n\n</think>\n\n4",
+    "It writes <think> before them and </think> after them.",
+    "</think>4",
+    "<think>a</think>b<think>c</think>d",
+    "4 <think>",
+]
+
+
+@pytest.mark.parametrize("answer", TAGS)
+def test_a_text_that_stands_verbatim_trains_whole_wherever_its_tags_are(by_bytes, answer):
+    for name in ("qwen2.5", "glm4, without an end of turn", "gpt-oss, which ends earlier turns without stopping"):
+        style = STYLES[name]
+        messages = chat("Does <think> think hm?", answer, "hm </think>", answer)
+        assert trained(by_bytes[name], messages) == expected(style, [answer, answer])
 
 
 # ---- Refused
@@ -284,8 +323,9 @@ UNMASKABLE = {  # the text of a turn, and more -> the reason
     "{{ m.content }}{% endfor %}{{ 'x' * (messages[-1].content | length - 3) }}": "something else",
     "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}": "each of 2 assistant turns",
     "{{ m.content }}{{ m.content }}{% endfor %}": "each of 2 assistant turns once",
-    "{{ m.content }}{% endfor %}{{ raise_exception('no') }}": "into the chat template: no",
-    "{{ m.content }}": "into the chat template",
+    "{{ m.content }}{% endfor %}{{ raise_exception('no') }}": "refuses the conversation: no",
+    "{{ m.content }}{% endfor %}{{ messages + 1 }}": "refuses the conversation: can only concatenate list",
+    "{{ m.content }}": "refuses the conversation: ",
 }
 
 
@@ -297,6 +337,72 @@ def test_templates_that_cannot_be_masked_are_refused_with_the_reason(by_bytes, t
         trained(tokenizer, chat("Hi", "Yes, yes", "Bye", "No more"))
 
 
+def test_which_token_stops(by_bytes):
+    """The last one of what closes a last turn; not one that also stands inside of a turn."""
+    wanted = {name: style.stop.strip() for name, style in STYLES.items()}
+    wanted["qwen1.5, whose last turn has none"] = "<|im_end|>"
+    wanted["command, which closes the text and the turn"] = "<|END_OF_TURN|>"
+    assert {name: ends_of_turns(*cache_key(by_bytes[name], {})).stop for name in STYLES} == wanted
+    kimi = copy.deepcopy(by_bytes["qwen2.5"])
+    kimi.add_tokens(["<|open|>", "<|close|>", "<|sep|>"], special_tokens=True)
+    each = "<|open|>{{ m.role }}<|sep|>{% set parts = m.content.split('</think>') %}{% if parts | length > 1 %}"
+    each += "<|open|>think<|sep|>{{ parts[0][7:] }}<|close|>{% endif %}{{ parts[-1] }}<|close|>"
+    kimi.chat_template = turns(each, "<|open|>assistant<|sep|>")
+    ends = ends_of_turns(*cache_key(kimi, {}))
+    assert (ends.last, ends.stop) == ("<|close|>", "")
+    assert stop_token_ids(GenerationConfig(), kimi) == [2]  # the tokenizer's own, and not <|close|>
+    assert trained(kimi, chat("Hi", "<think>hm</think>Yes")) == ["<|open|>think<|sep|>hm<|close|>Yes<|close|>"]
+
+
+def test_turns_with_weight_0_do_not_train_and_their_end_neither(by_bytes):
+    for name, style in STYLES.items():
+        messages = chat("Hi", "Yes", "Bye", "No")
+        first, last = expected(style, ["Yes", "No"])
+        messages[1]["weight"] = 0
+        assert trained(by_bytes[name], messages) == [last]
+        messages[1]["weight"], messages[3]["train"] = True, False
+        assert trained(by_bytes[name], messages) == [first]
+    parts = [{"type": "text", "text": "Ye", "loss": False}, {"type": "text", "text": "s"}]
+    assert trained(by_bytes["qwen2.5"], chat("Hi", parts, "Bye", "No")) == ["No<|im_end|>"]
+    with pytest.raises(UserError, match=r"must be 0, 1, false or true, for a whole turn, not \[0.5\]"):
+        trained(by_bytes["qwen2.5"], [*chat("Hi"), {"role": "assistant", "content": "a", "weight": 0.5}])
+
+
+DROPS = {  # a template that leaves a message out -> a conversation of that kind
+    "{% if m.role != 'tool' %}" + CHATML + "{% endif %}": [*chat("a", "b"), {"role": "tool", "content": "a"}],
+    "{% if m.role != 'developer' %}" + CHATML + "{% endif %}": [{"role": "developer", "content": "a"}, *chat("a", "b")],
+    "{% if m.role != 'system' or messages[-1].role == 'user' %}" + CHATML + "{% endif %}": chat("a", "b", system="a"),
+}
+
+
+@pytest.mark.parametrize("each", DROPS)
+def test_a_message_that_the_template_drops_is_told(by_bytes, each):
+    tokenizer, messages = copy.deepcopy(by_bytes["qwen2.5"]), DROPS[each]
+    tokenizer.chat_template = turns(each, "<|im_start|>assistant\n")
+    with pytest.raises(UserError, match=r"drops the (tool|developer|system) message of"):
+        encode_chat(tokenizer, messages)
+    if messages[0]["role"] == "system":  # generation has it
+        assert encode_prompt(tokenizer, messages[:-1])
+    elif messages[0]["role"] == "developer":
+        with pytest.raises(UserError, match="drops the developer message"):
+            encode_prompt(tokenizer, messages[:-1])
+    assert trained(tokenizer, chat("a", "b")) == ["b<|im_end|>"]
+
+
+def test_contents_as_parts_where_the_template_takes_nothing_else(by_bytes):
+    tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
+    each = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
+    tokenizer.chat_template = turns(each, "<|im_start|>assistant\n")
+    assert trained(tokenizer, chat("Hi", "Yes", "Bye", "No")) == ["Yes<|im_end|>", "No<|im_end|>"]
+
+
+def test_an_empty_text_for_which_the_template_writes_no_line(by_bytes):
+    tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
+    text = "{% if m.content.strip() %}{{ '\n' + m.content }}{% endif %}"
+    tokenizer.chat_template = turns(CHATML.replace("\n{{ m.content }}", text), "<|im_start|>assistant")
+    assert trained(tokenizer, chat("Hi", "", "Bye", "No")) == ["<|im_end|>", "No<|im_end|>"]
+
+
 # ---- Tokens that reach over borders
 
 
@@ -305,7 +411,7 @@ def test_a_token_over_a_border_belongs_where_it_ends(by_merges, name):
     """Then a run may begin with the end of its header, and lose the beginning of a token that what follows ends."""
     style, tokenizer, across = STYLES[name], by_merges[name], 0
     for answers in itertools.product(("yes", "no", " maybe", "a.\n", ""), repeat=2):
-        text, spans, _ = find_turns(tokenizer, chat("why", answers[0], "no", answers[1]), {})
+        text, spans = find_turns(tokenizer, chat("why", answers[0], "no", answers[1]), {})
         assert [text[a:b] for a, b in spans] == expected(style, answers)
         ids, mask = encode_chat(tokenizer, chat("why", answers[0], "no", answers[1]))
         ends = list(itertools.accumulate(len(tokenizer.decode([i])) for i in ids))
@@ -331,12 +437,32 @@ NASTY = [  # a header, whole turns, the user's texts, sentinels, white space, no
     *("Hi", "Bye", "\u29830\u2984 \u29831\u2984", " \n\t Yes \n\n", "", "\n \n", "Yes</s> and <|end|> and <|return|>"),
     "{{ messages }}{% endfor %}",
 ]
-PARTS = [*"ab \n\t{%<|>:", "é", "🙂", "अ", "USER: ", "ASSISTANT: ", "<|im_end|>", "user\n", "\u29830\u2984"]
+PARTS = [
+    "<think>",
+    "</think>",
+    *"ab \n\t{%<|>:",
+    "é",
+    "🙂",
+    "अ",
+    "USER: ",
+    "ASSISTANT: ",
+    "<|im_end|>",
+    "user\n",
+    "\u29830\u2984",
+]
 TEXT = st.sampled_from(NASTY) | st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=st.sampled_from(list(STYLES)), texts=st.lists(TEXT, min_size=2, max_size=7), system=st.none() | TEXT)
+REWRITES = ["qwen3", "deepseek"]  # thinking
+SETTINGS = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@SETTINGS
+@given(
+    name=st.sampled_from([name for name in STYLES if name not in REWRITES]),
+    texts=st.lists(TEXT, min_size=2, max_size=7),
+    system=st.none() | TEXT,
+)
 def test_random_conversations_train_their_texts_and_stop_tokens(by_bytes, name, texts, system):
     style, tokenizer = STYLES[name], by_bytes[name]
     messages = chat(*texts, system=system if style.system else None)
@@ -344,6 +470,16 @@ def test_random_conversations_train_their_texts_and_stop_tokens(by_bytes, name, 
     got = trained(tokenizer, messages)
     if style.strips_right:  # decoding loses the white space that its special tokens swallow
         got, wanted = ([run for run in map("".join, map(str.split, runs)) if run] for runs in (got, wanted))
-    if name == "qwen3":  # it trims line ends before the last answer
-        got, wanted = ([run.lstrip("\n") for run in runs] for runs in (got, wanted))
     assert got == wanted
+
+
+@SETTINGS
+@given(name=st.sampled_from(REWRITES), texts=st.lists(TEXT, min_size=2, max_size=7))
+def test_random_conversations_with_templates_that_rewrite_thinking(by_bytes, name, texts):
+    """What follows the last `</think>` trains, whatever else the template keeps; never a word of the user."""
+    style, tokenizer = STYLES[name], by_bytes[name]
+    asked = ["§" + text if i % 2 == 0 else text.replace("§", "") for i, text in enumerate(texts)]
+    runs = trained(tokenizer, chat(*asked))
+    answers = [text.rpartition("</think>")[2].lstrip("\n") + style.stop for text in asked[1::2]]
+    assert "§" not in "".join(runs)
+    assert all(run.endswith(answer) for run, answer in zip(runs, answers, strict=True))
