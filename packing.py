@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from envs import UserError
+from chat import UserError, shared_prefix
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
@@ -82,14 +82,6 @@ def packed_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     window = (options.get("sliding_window") or 0) - 1
     return kernel(q, k, v, *lengths, scale=options.get("scaling"), window_size=(window, 0))[None], None
-
-
-def shared_prefix(one: list[int], other: list[int]) -> int:
-    """With how many tokens both begin."""
-    for n, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return n
-    return min(len(one), len(other))
 
 
 def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Tensor | None, list], Tensor]:
