@@ -4,28 +4,29 @@ An environment is the whole task: `prompt` is what the model sees, `get_reward` 
 what supervised fine-tuning imitates. A dataset is anything with `len` and `[]` that gives environments.
 """
 
-import functools
+import contextlib
 import hashlib
+import importlib.util
 import inspect
+import itertools
 import json
 import math
 import random
 import re
-import runpy
+import sys
+import traceback
+import warnings
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Message = dict[str, str]
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from chat import Message, UserError, check_messages, loading, shorten
+
 BOXED = r"Put the final answer in \boxed{}."  # the one sentence that asks for the form the grader reads
-
-
-class UserError(Exception):
-    """The user's mistake: `common.run` prints it as one line and exits with code 2."""
 
 
 @dataclass
@@ -35,6 +36,12 @@ class EnvBase:
     prompt: list[Message]  # chat messages: {"role": ..., "content": ...}
     answer: str | int | float | None = None
 
+    def __post_init__(self) -> None:
+        number: Any = self.answer
+        if getattr(number, "ndim", None) == 0:  # of numpy or torch: with the digits that it has
+            digits = {"float64": 17, "float32": 7}.get(str(number.dtype).rpartition(".")[2], 3)
+            self.answer = float(f"{number.item():.{digits}g}") if isinstance(number.item(), float) else number.item()
+
     def get_reward(self, completion: str) -> float:
         """Score of a completion (its text, without the stop token). At least 1.0 counts as solved."""
         raise NotImplementedError(f"{type(self).__name__} has no get_reward")
@@ -43,24 +50,24 @@ class EnvBase:
         """The assistant turn that supervised fine-tuning trains."""
         if self.answer is None:
             raise UserError("this environment has no answer to imitate: give it one, or write its get_target")
-        return str(self.answer)
+        return as_text(self.answer)
 
 
 def score(env: EnvBase, text: str) -> float:
-    """The reward of a completion. Raises, naming environment and completion, if it fails or is no finite number."""
-    where = f"for the completion {shorten(text)!r}"
+    """The reward of a completion. Raises a UserError that names both, if it fails or is no finite number."""
+    name, where = f"{type(env).__name__}.get_reward", f"for the completion {shorten(text)!r}"
     try:
         reward = env.get_reward(text)
-    except Exception as error:
-        raise RuntimeError(f"{type(env).__name__}.get_reward raised {type(error).__name__}: {error} {where}") from error
-    if not (hasattr(reward, "__float__") and math.isfinite(reward)):
-        raise ValueError(f"{type(env).__name__}.get_reward gave {reward!r} {where}: it must be a finite number")
-    return float(reward)
-
-
-def shorten(text: str, limit: int = 200) -> str:
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    except BaseException as error:  # also of what would end the process, such as SystemExit
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(f"{name} raised {type(error).__name__}: {shorten(str(error))} {where}") from error
+    if inspect.iscoroutine(reward):
+        reward.close()
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        if not isinstance(reward, (str, bytes, complex)) and math.isfinite(number := float(reward)):
+            return number
+    raise UserError(f"{name} gave {shorten(repr(reward))} {where}: it must be a finite number")
 
 
 def rows_without_reward(dataset: Any) -> list[int]:
@@ -78,24 +85,41 @@ class MathEnv(EnvBase):
 
     target: str | None = None  # a worked answer; None: the boxed answer alone
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.answer, (str, int, float)) or self.answer != self.answer:
+            raise UserError(f"answer must be text or a number, not {self.answer!r}")
+        if isinstance(self.answer, str) and "####" in self.answer:  # `... <<40+32=72>>72 clips in all.\n#### 72`
+            solution, _, self.answer = (part.strip() for part in self.answer.rpartition("####"))
+            worked = re.sub(r"<<.*?>>", "", solution)  # GSM8K's notes of a calculator
+            self.target = self.target or f"{worked}\n\\boxed{{{self.answer}}}"
+
     def get_reward(self, completion: str) -> float:
         candidate = last_boxed(completion)
         if not (candidate and candidate.strip()):  # prompts say \boxed{}: an echo of that is no answer
             return 0.0
-        return 1.0 if same_answer(candidate, str(self.answer)) else 0.1
+        return 1.0 if same_answer(candidate, as_text(self.answer)) else 0.1
 
     def get_target(self) -> str:
-        return self.target if self.target is not None else f"\\boxed{{{self.answer}}}"
+        return self.target if self.target is not None else f"\\boxed{{{as_text(self.answer)}}}"
 
 
 # Grading: parsed, never evaluated, in time linear in the length of the text
 
 BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
 DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-NUMBER = re.compile(rf"([+-]?)\s*({DECIMAL})(?:\s*/\s*({DECIMAL}))?\.?", re.ASCII)
+NUMBER = re.compile(rf"([+-]?)\s*({DECIMAL})(?:[eE]([+-]?\d{{1,3}})|\s*/\s*({DECIMAL}))?\s*%?\.?", re.ASCII)
 LATEX_FRACTION = re.compile(r"([+-]?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
+UNIT = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{[^{}\d]*\}(\^\{?\d\}?)?")
+DRESS = [("\u2212", "-"), (r"\%", "%"), ("{,}", ","), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac")]
+DRESS += [(r"\$", ""), ("$", ""), (r"\!", ""), (r"\,", " "), (r"\ ", " ")]
 MAX_ANSWER_CHARS = 200  # int() of a long digit string takes quadratic time; no real answer is longer
+
+
+def as_text(answer: Any) -> str:
+    """A float with all its digits, as people write it: 0.00001, which `str` makes 1e-05."""
+    return format(Decimal(str(answer)), "f") if isinstance(answer, float) else str(answer)
 
 
 def last_boxed(text: str) -> str | None:
@@ -115,33 +139,36 @@ def last_boxed(text: str) -> str | None:
 
 
 def plain(answer: str) -> str:
-    r"""An answer without its LaTeX dress: `$`, `\$`, `\text{...}`, thin spaces, the typographic minus."""
+    r"""An answer without its LaTeX dress: `$`, `\$`, `\text{...}`, thin spaces, outer braces, the typographic minus."""
     answer = LATEX_TEXT.sub(r"\1", answer)
-    for old, new in ((r"\$", ""), ("$", ""), (r"\!", ""), (r"\,", " "), (r"\ ", " "), ("\u2212", "-")):
+    for old, new in DRESS:
         answer = answer.replace(old, new)
-    return answer.strip()
+    braces = re.fullmatch(r"\s*\{([^{}]*)\}\s*", answer)
+    return (braces[1] if braces else answer).strip()
 
 
 def parse_number(answer: str) -> Fraction | None:
     r"""Exact value of `72`, `72.`, `1,000`, `3/4`, `0.75`, `\frac{3}{4}`, `$72`; None if it is not one plain number."""
     if len(answer) > MAX_ANSWER_CHARS:
         return None
-    answer = plain(answer)
+    answer = plain(UNIT.sub("", answer))
     if fraction := LATEX_FRACTION.fullmatch(answer):  # fullmatch: 1\frac{1}{2} must not become 11/2
         answer = f"{fraction[1]}{fraction[2].strip()}/{fraction[3].strip()}"
     match = NUMBER.fullmatch(answer)
     if match is None:
         return None
-    numerator, denominator = (Fraction(digits.replace(",", "")) for digits in (match[2], match[3] or "1"))
+    numerator, denominator = (Fraction(digits.replace(",", "")) for digits in (match[2], match[4] or "1"))
     if denominator == 0:
         return None
-    return numerator / denominator * (-1 if match[1] == "-" else 1)
+    return numerator / denominator * Fraction(10) ** int(match[3] or 0) * (-1 if match[1] == "-" else 1)
 
 
 def same_answer(candidate: str, answer: str) -> bool:
     """Equal as exact numbers if the reference answer is a number, else equal as text."""
     number = parse_number(answer)
-    return plain(candidate) == plain(answer) if number is None else parse_number(candidate) == number
+    if number is not None:
+        return parse_number(candidate) == number
+    return "".join(plain(candidate).split()) == "".join(plain(answer).split())
 
 
 OPERANDS = {"add": "+", "sub": "-", "mult": "*", "div": "/"}
@@ -196,7 +223,11 @@ class MathDataset(torch.utils.data.Dataset):
 def is_eval_problem(a: int, b: int, operand: str) -> bool:
     if operand in ("add", "mult"):
         a, b = min(a, b), max(a, b)
-    digest = hashlib.sha256(f"{a} {b}".encode()).digest()
+    return is_held_out(f"{a} {b}")
+
+
+def is_held_out(problem: str) -> bool:
+    digest = hashlib.sha256(problem.encode()).digest()
     return int.from_bytes(digest[:8], "big") % EVAL_FRACTION == 0
 
 
@@ -230,7 +261,7 @@ def load_dataset(
     elif ".py:" in name:
         envs = load_python(name)
     elif name.startswith("reasoning_gym:"):
-        return load_reasoning_gym(name.removeprefix("reasoning_gym:"), num_samples or 200, seed + (split == "eval"))
+        envs = load_reasoning_gym(name.removeprefix("reasoning_gym:"), split, num_samples or 200, seed)
     else:
         envs = load_hub("openai/gsm8k:main" if name == "gsm8k" else name, split)
     if envs is not None and not len(envs):
@@ -238,35 +269,20 @@ def load_dataset(
     return envs if envs is None or num_samples is None else [envs[i] for i in range(min(num_samples, len(envs)))]
 
 
-def load_splits(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
-    """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
-    ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
-    if args.eval_steps > 0 and eval_dataset is None and (args.eval_dataset or train_dataset is None):
-        name = args.eval_dataset or args.dataset
-        # A file has one split: named as the evaluation set, its rows are the evaluation set.
-        split = "train" if args.eval_dataset and is_file(name) else "eval"
-        own = ranges if name in ("math", args.dataset) else {}
-        eval_dataset = load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own)
-        if eval_dataset is None and args.eval_dataset:
-            raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
-    if train_dataset is None:
-        train_dataset = load_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed, **ranges)
-    return train_dataset, eval_dataset if args.eval_steps > 0 else None
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(size: int, seed: int, epoch: int) -> list[int]:
-    return random.Random(f"{seed} {epoch}").sample(range(size), size)
-
-
-def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Rows at `count` positions from `start` in the endless sequence of seeded permutations of a dataset; no state."""
-    return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
-
-
 def is_file(name: str) -> bool:
     """Whether the dataset is a file of the user's: it has one split."""
-    return name.endswith(".jsonl") or ".py:" in name
+    return name.endswith((".jsonl", ".json", ".csv", ".parquet")) or ".py:" in name
+
+
+def as_environments(dataset: Any, where: str) -> Any:
+    """A sequence of environments as it is, rows as environments. Raises a UserError for anything else."""
+    kinds, rows = set(), []
+    with contextlib.suppress(Exception):  # of what is no sequence
+        rows = [dataset[i] for i in range(len(dataset))]
+        kinds = {next((kind for kind in (dict, EnvBase) if isinstance(row, kind)), None) for row in rows}
+    if kinds not in ({dict}, {EnvBase}):
+        raise UserError(f"{where} must be a sequence of at least one EnvBase, or of rows")
+    return dataset if kinds == {EnvBase} else [row_to_env(row, f"{where}, row {i}") for i, row in enumerate(rows)]
 
 
 def load_jsonl(path: Path) -> list[EnvBase]:
@@ -288,88 +304,69 @@ def row_to_env(row: Any, where: str) -> EnvBase:
     """One row with `messages`, or a prompt (`prompt` or `question`) with `answer` (graded) or `target` (imitated)."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with messages, or prompt and answer")
-    if "messages" in row:
-        messages = check_messages(row["messages"], where)
-        while messages and messages[-1]["role"] != "assistant":  # nothing after the last assistant turn trains
-            messages.pop()
-        if not messages:
-            raise UserError(f"{where}: messages has no assistant turn")
-        return EnvBase(messages[:-1], messages[-1]["content"])
-    prompt = row.get("prompt", row.get("question"))
+    row = {name: value for name, value in row.items() if value is not None}  # a table fills its gaps with None
+    answer, target = row.get("answer"), row.get("target", row.get("completion"))
+    prompt = row.get("messages", row.get("prompt", row.get("question")))
     if prompt is None:
         share_gpt = ": rename it to messages, from to role (human: user, gpt: assistant) and value to content"
         raise UserError(f"{where}: neither messages nor prompt in {list(row)}" + share_gpt * ("conversations" in row))
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    prompt = check_messages(prompt, where)
-    answer, target = row.get("answer"), row.get("target", row.get("completion"))
-    if answer is not None and (not isinstance(answer, (str, int, float)) or answer != answer):
-        raise UserError(f"{where}: answer must be text or a number, not {answer!r}")
+    prompt = check_messages(prompt, f"{where}: ")
+    if "messages" in row and (answer is None or prompt[-1]["role"] == "assistant"):
+        prompt = [m | {"weight": m.get("weight", 1)} if m["role"] == "assistant" else m for m in prompt]
+        while prompt and not prompt[-1].get("weight"):  # nothing after the last turn that trains
+            prompt.pop()
+        if not prompt:
+            raise UserError(f"{where}: messages has no assistant turn that trains")
+        target = prompt.pop()["content"]
     if target is not None and not isinstance(target, str):
         raise UserError(f"{where}: target must be text, not {target!r}")
-    return EnvBase(prompt, target) if answer is None else MathEnv(prompt, answer, target)
-
-
-def check_messages(messages: Any, where: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: messages must be a list with at least one message")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise UserError(f"{where}: each message must be an object with content and a role of {', '.join(ROLES)}")
-        more = [key for key, value in message.items() if value and key not in ("role", "content", "name")]
-        if message["role"] == "assistant" and more:
-            raise UserError(f"{where}: an assistant message has {', '.join(more)}: write it into content, or drop it")
     try:
-        return with_text_content(messages)
-    except (TypeError, KeyError):
-        raise UserError(f"{where}: the content of each message must be text, or a list of text parts") from None
-
-
-def with_text_content(messages: list[dict[str, Any]]) -> list[Message]:
-    """Contents that are lists of parts, `{"type": "text", "text": ...}`, as one text. Raises TypeError or KeyError."""
-    whole = [m["content"] if isinstance(m["content"], list) else [{"text": m["content"]}] for m in messages]
-    return [m | {"content": "".join([p["text"] for p in parts])} for m, parts in zip(messages, whole, strict=True)]
+        return EnvBase(prompt, target) if answer is None else MathEnv(prompt, answer, target)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def load_hub(name: str, split: str) -> list[EnvBase] | None:
     import datasets  # here, not above: a second of start-up that most runs do not need
 
     path, _, config = name.partition(":")
-    try:
-        splits = datasets.load_dataset(path, config or None)
-    except Exception as error:  # the library raises a dozen types, the network's and the parsers' among them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "; a file is file.py:function, or file.jsonl" * (Path(path).suffix in (".py", ".json"))
-        raise UserError(f"cannot load dataset {name}: {reason}{hint}") from None
+    hint = " (a file is file.py:function, or file.jsonl)" if path.endswith(".py") else ""
+    with loading(f"dataset {name}{hint}"):
+        if is_file(path):
+            splits: Any = datasets.load_dataset(Path(path).suffix[1:], data_files=path)
+        else:
+            splits = datasets.load_dataset(path, config or None)
     found = next((s for s in (["train"] if split == "train" else ["test", "validation"]) if s in splits), None)
     if found is None and split == "eval":
         return None
     if found is None:
         raise UserError(f"{name} has no train split, only {', '.join(map(str, splits))}")
-    make = gsm8k_env if path == "openai/gsm8k" else row_to_env
-    return [make(row, f"{name} {found} row {i}") for i, row in enumerate(splits[found])]
-
-
-def gsm8k_env(row: Any, where: str) -> MathEnv:
-    """`... <<40+32=72>>72 clips in all.\n#### 72`: the answer stands after ####, the <<...>> are calculator notes."""
-    solution, mark, answer = row["answer"].rpartition("####")
-    if not mark:
-        raise UserError(f"{where}: no #### before the answer")
-    worked = re.sub(r"<<.*?>>", "", solution).strip()
-    prompt = [{"role": "user", "content": f"{row['question']} {BOXED}"}]
-    return MathEnv(prompt, answer.strip(), target=f"{worked}\n\\boxed{{{answer.strip()}}}")
+    rows: Any = splits[found]
+    if path == "openai/gsm8k":
+        rows = [{"prompt": f"{row['question']} {BOXED}", "answer": row["answer"]} for row in rows]
+    return [row_to_env(row, f"{name} {found} row {i}") for i, row in enumerate(rows)]
 
 
 def load_python(name: str) -> Any:
-    """Calls `function()` of `file.py`; it returns a dataset of environments."""
+    """Calls `function()` of `file.py`, a module like any other; it returns a dataset of environments, or rows."""
     path, _, function = name.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    make = runpy.run_path(path).get(function)
-    envs = make() if callable(make) else None
-    if not (hasattr(envs, "__len__") and len(envs) and isinstance(envs[0], EnvBase)):
-        raise UserError(f"{name} must be a function that returns a sequence of at least one EnvBase")
-    return envs
+    file = Path(path).resolve()
+    if not file.is_file() or "." in file.stem:
+        raise UserError(f"{path}: no such file, or a dot in its name, which a module can't have")
+    for own in file.parent.glob("*.py"):  # it and its neighbours, which it may import
+        taken: Any = sys.modules.get(own.stem) or (importlib.util.find_spec(own.stem) if own == file else None)
+        if taken and Path(getattr(taken, "__file__", getattr(taken, "origin", None)) or "").resolve() != own:
+            raise UserError(f"{own}: there is a module {own.stem} already: rename the file")
+    try:
+        sys.path.insert(0, str(file.parent))
+        dataset = getattr(importlib.import_module(file.stem), function)()
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        words = f"{type(error).__name__}: {shorten(str(error))} ({line.filename}:{line.lineno})"
+        raise UserError(f"{name} raised {words}") from error
+    return as_environments(dataset, f"what {name} returns")
 
 
 @dataclass
@@ -382,19 +379,22 @@ class ReasoningGymEnv(EnvBase):
     def get_reward(self, completion: str) -> float:
         return float(self.task.score_answer(last_boxed(completion), self.entry))
 
+    def get_target(self) -> str:
+        return f"\\boxed{{{self.answer}}}"
 
-def load_reasoning_gym(name: str, size: int, seed: int) -> list[EnvBase]:
-    try:
+
+def load_reasoning_gym(name: str, split: str, size: int, seed: int) -> list[EnvBase]:
+    """Problems of that split: as in `math` a hash decides, here of the question, whatever the seed."""
+    with loading(f"reasoning_gym:{name} (pip install reasoning-gym)"):
         import reasoning_gym  # ty: ignore
 
-        task = reasoning_gym.create_dataset(name, size=size, seed=seed)
-    except ImportError:
-        raise UserError("reasoning_gym:NAME needs the package: pip install reasoning-gym") from None
-    except ValueError as error:
-        raise UserError(f"reasoning_gym:{name}: {error}") from None
+        # The package draws problem i from seed + i.
+        task = reasoning_gym.create_dataset(name, size=10 * size + 200, seed=seed * 10**7)
     # Some graders run the model's answer as Python code. A completion must never be executed.
     source = Path(inspect.getfile(type(task))).read_text() if "score_answer" in vars(type(task)) else ""
     if re.search(r"\b(eval|exec|parse_expr|sympify)\(", source):
         raise UserError(f"reasoning_gym:{name} is refused: its grader may evaluate the model's answer as code")
-    prompts = [[{"role": "user", "content": f"{entry['question']}\n{BOXED}"}] for entry in task]
-    return [ReasoningGymEnv(p, entry["answer"], task, entry) for p, entry in zip(prompts, task, strict=True)]
+    entries = (task[i] for i in range(len(task)))
+    own = itertools.islice((e for e in entries if is_held_out(e["question"]) == (split == "eval")), size)
+    made = [([{"role": "user", "content": f"{e['question']}\n{BOXED}"}], e) for e in own]
+    return [ReasoningGymEnv(prompt, entry["answer"], task, entry) for prompt, entry in made]

@@ -9,6 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+import common
 import envs
 import grpo
 from envs import EnvBase, MathDataset, MathEnv, UserError, last_boxed, load_dataset, parse_number
@@ -18,10 +19,12 @@ def reward(answer, completion):
     return MathEnv([], answer).get_reward(completion)
 
 
-NUMBERS = r"1,000 is 1000; 1,234,567.50 is 1234567.5; 3/4 is 3/4; 0.75 is 3/4; .75 is 3/4; - 3 / 4 is -3/4; -0 is 0"
+NUMBERS = r"1e3 is 1000; 7.2e1 is 72; 1e-05 is 1/100000; {72} is 72; 50\% is 50; 10{,}000 is 10000; "
+NUMBERS += r"72\text{ cm} is 72; 72\ \text{cm}^2 is 72; 1,000 is 1000; 1,234,567.50 is 1234567.5; "
+NUMBERS += r"3/4 is 3/4; 0.75 is 3/4; .75 is 3/4; - 3 / 4 is -3/4; -0 is 0"
 NUMBERS += r"; \frac{3}{4} is 3/4; -\dfrac{3}{ 4 } is -3/4; \text{ 5 } is 5; 72. is 72; 72.00 is 72;  72  is 72"
 NUMBERS += r"; $72 is 72; \$72 is 72; $72$ is 72; 144/2 is 72; +72 is 72; " + "\u22125 is -5"
-NO_NUMBERS = r"1,00; 7 2; 1\frac{1}{2}; 3/0; 1e3; 72 apples; nan; 2**3; __import__('os'); " + "\u0661; "
+NO_NUMBERS = r"1,00; 7 2; 1\frac{1}{2}; 3/0; 1e; 72 apples; nan; 2**3; __import__('os'); " + "\u0661; "
 
 
 @pytest.mark.parametrize("case", f"{NUMBERS}; {NO_NUMBERS}".split("; "))
@@ -123,12 +126,12 @@ class Gives(EnvBase):
         return self.answer(completion) if callable(self.answer) else self.answer
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, None, "1.0", [1.0], {"score": 1}, (1.0,), 1j])
+@pytest.mark.parametrize("reward", [math.nan, math.inf, None, "1.0", [1.0], {"score": 1}, 1j, torch.ones(2)])
 def test_a_reward_that_is_no_number_or_raises_stops_with_the_completion(reward):
     told = rf"Gives.get_reward gave {re.escape(repr(reward))} for the completion 'hello'"
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told):
         envs.score(Gives([], reward), "hello")
-    with pytest.raises(RuntimeError, match=r"Gives.get_reward raised ValueError: .* for the completion 'hel") as error:
+    with pytest.raises(UserError, match=r"Gives.get_reward raised ValueError: .* for the completion 'hel") as error:
         envs.score(Gives([], float), "hello")
     assert isinstance(error.value.__cause__, ValueError)
 
@@ -139,11 +142,11 @@ def test_numbers_of_any_kind_are_rewards(reward):
 
 
 def test_data_order_is_a_permutation_an_epoch_and_a_function_of_the_position():
-    whole = envs.data_order(7, 1, 0, 21)
+    whole = common.data_order(7, 1, 0, 21)
     assert all(sorted(whole[e : e + 7]) == list(range(7)) for e in (0, 7, 14))
     assert whole[:7] != whole[7:14]
-    assert envs.data_order(7, 1, 5, 6) == whole[5:11]  # across the end of an epoch
-    assert envs.data_order(7, 2, 0, 21) != whole
+    assert common.data_order(7, 1, 5, 6) == whole[5:11]  # across the end of an epoch
+    assert common.data_order(7, 2, 0, 21) != whole
 
 
 def test_the_evaluation_set_is_the_datasets_own_split_or_the_rows_of_a_file(tmp_path):
@@ -151,7 +154,7 @@ def test_the_evaluation_set_is_the_datasets_own_split_or_the_rows_of_a_file(tmp_
 
     def sizes(*given, **flags):
         args = grpo.Args(**{"num_samples": 30, "eval_samples": 20, "max_val": 9} | flags)
-        return tuple(None if data is None else len(data) for data in envs.load_splits(args, *(given or (None, None))))
+        return tuple(None if data is None else len(data) for data in common.load_splits(args, *(given or (None, None))))
 
     assert sizes() == (30, 20)
     assert sizes(eval_steps=0) == (30, None)
@@ -167,13 +170,10 @@ def test_the_evaluation_set_is_the_datasets_own_split_or_the_rows_of_a_file(tmp_
 
 def test_gsm8k_row():
     row = {"question": "How many?", "answer": "She sold 40+32=<<40+32=72>>72 clips.\n#### 1,072"}
-    env = envs.gsm8k_env(row, "row 0")
+    env = envs.row_to_env(row, "row 0")  # wherever it comes from
     assert env.answer == "1,072"
     assert env.get_target() == "She sold 40+32=72 clips.\n\\boxed{1,072}"
     assert env.get_reward(env.get_target()) == 1.0
-    assert env.prompt[0]["content"] == f"How many? {envs.BOXED}"
-    with pytest.raises(UserError, match="row 0"):
-        envs.gsm8k_env({"question": "?", "answer": "no mark"}, "row 0")
 
 
 def write(path, *rows):
@@ -212,7 +212,12 @@ MALFORMED = [  # row, reason
     ({"conversations": [{"from": "human", "value": "x"}]}, "rename it to messages, from to role"),
     ({"messages": [turn("human", "x")]}, "role of system, developer, user, assistant, tool"),
     ({"messages": [turn("user", "x"), {"role": "assistant", "tool_calls": [1]}]}, "tool_calls"),
-    ({"messages": [turn("assistant", "x", weight=1)]}, "has weight: write it into content, or drop"),
+    *[
+        ({"messages": [turn("assistant", "x", train=wrong)]}, "must be 0, 1, false or true")
+        for wrong in (0.5, "no", [1])
+    ],
+    ({"messages": [turn("user", "x", weight=1), turn("assistant", "x")]}, "only the assistant's do"),
+    ({"messages": [turn("user", "x"), turn("assistant", "x", loss=False)]}, "no assistant turn that trains"),
     *[({"messages": [turn("user", wrong)]}, "must be text, or a list of") for wrong in ([{"type": "image"}], None)],
     *[({"messages": [{"role": "user"}]}, "must be text, or a list of"), ({"messages": [{"content": "x"}]}, "role")],
     *[({"messages": []}, "at least one message"), ({"messages": [turn("user", "x")]}, "no assistant turn")],
