@@ -79,7 +79,7 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of the distributions in the loss"""
     engine: Literal["hf", "vllm"] = "hf"
-    """what samples completions: transformers' generate, or vLLM in the same process"""
+    """what samples completions: transformers' models in a loop of our own, or vLLM in the same process"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
     max_logprob_gap: float = 0.1
@@ -220,7 +220,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     if run.finished:
         return
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
-    envs.require_rewards(train_dataset)
+    for dataset in (train_dataset, run.eval_dataset or []):
+        envs.require_rewards(dataset)
     correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
     longest = chat.context_length(run.config) - args.max_new_tokens
     prompts = chat.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
@@ -232,10 +233,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         evaluator = common.Evaluator(engine, tokenizer, run.eval_dataset, args.max_new_tokens)
     run.begin(correction=correction)
 
-    if evaluator is not None and run.step == 0:
-        engine.sync(run.model)  # gives vLLM the weights
-        run.log(0, evaluator.evaluate()[0])
-    for step in range(run.step + 1, args.num_steps + 1):
+    if run.step == 0:
+        run.log(0, run.evaluate(0, evaluator))
+    for step in run.steps():
         # 1. rollout
         started = time.perf_counter()
         rows = run.rows(step, len(prompts), args.group_size)  # B = P * G: each prompt G times in a row
@@ -247,7 +247,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
-        scores = [envs.score(train_dataset[row], text) for row, text in zip(rows, texts, strict=True)]
+        scores = run.score(rows, texts)
         rewards = torch.tensor(scores, dtype=torch.float64, device=device).view(-1, args.group_size)  # (P, G)
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
@@ -327,9 +327,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
 
         # 6. evaluate and save
-        if evaluator is not None and run.at(step, args.eval_steps):
-            engine.sync(run.model)
-            metrics |= evaluator.evaluate()[0]
+        metrics |= run.evaluate(step, evaluator)
         run.log(step, metrics, records)
         run.save(step)
     run.finish()

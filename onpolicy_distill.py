@@ -78,7 +78,7 @@ class Args:
     temperature: float = 1.0
     """of sampling, and of the distributions in the loss"""
     engine: Literal["hf", "vllm"] = "hf"
-    """what samples completions: transformers' generate, or vLLM in the same process"""
+    """what samples completions: transformers' models in a loop of our own, or vLLM in the same process"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
     max_logprob_gap: float = 0.1
@@ -186,10 +186,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         return
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
     rewarded = not envs.rows_without_reward(train_dataset)  # no reward is needed, but it shows where there is one
-    chat.check_same_tokens(
-        tokenizer, common.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False)
-    )
-    configs = (run.config, common.load_config(args.teacher_model))
+    chat.check_same_tokens(tokenizer, chat.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False))
+    configs = (run.config, chat.load_config(args.teacher_model))
     longest = min(map(chat.context_length, configs)) - args.max_new_tokens
     prompts = chat.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
     policy = common.load_policy(run)
@@ -200,10 +198,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         evaluator = common.Evaluator(engine, tokenizer, run.eval_dataset, args.max_new_tokens)
     run.begin()
 
-    if evaluator is not None and run.step == 0:
-        engine.sync(run.model)  # gives vLLM the weights
-        run.log(0, evaluator.evaluate()[0])
-    for step in range(run.step + 1, args.num_steps + 1):
+    if run.step == 0:
+        run.log(0, run.evaluate(0, evaluator))
+    for step in run.steps():
         # 1. rollout
         started = time.perf_counter()
         rows = run.rows(step, len(prompts))  # B
@@ -215,7 +212,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
-        scores = [envs.score(train_dataset[row], text) for row, text in zip(rows, texts, strict=True) if rewarded]
+        scores = run.score(rows, texts) if rewarded else []
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
@@ -267,9 +264,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
 
         # 6. evaluate and save
-        if evaluator is not None and run.at(step, args.eval_steps):
-            engine.sync(run.model)
-            metrics |= evaluator.evaluate()[0]
+        metrics |= run.evaluate(step, evaluator)
         run.log(step, metrics, records)
         run.save(step)
     run.finish()

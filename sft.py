@@ -100,7 +100,7 @@ class Args:
     max_new_tokens: int = 256
     """longest completion for --eval-sample-completions"""
     engine: Literal["hf", "vllm"] = "hf"
-    """what samples the evaluation completions: transformers' generate, or vLLM in the same process"""
+    """what samples the evaluation completions: transformers' models in a loop of our own, or vLLM"""
     vllm_args: str = "{}"
     """JSON object of arguments for vllm.LLM, such as '{"gpu_memory_utilization": 0.4}'"""
 
@@ -141,13 +141,18 @@ def encode(
     dataset: Any, tokenizer: Any, max_length: int, show_progress: bool = False
 ) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
     """(token ids, loss mask) of each conversation of prompt and target, and a line per reason to leave some out."""
-    encoded, reasons = [], Counter()
+    encoded, reasons, first = [], Counter(), ""
     for i in track(range(len(dataset)), "encoding", disable=not show_progress, transient=True):
         try:
-            messages = [*dataset[i].prompt, {"role": "assistant", "content": dataset[i].get_target()}]
-            ids, loss_mask = chat.encode_chat(tokenizer, messages)
+            # Of a prompt nothing trains; the assistant turns of a row with messages have a weight of their own.
+            prompt = chat.check_messages(dataset[i].prompt)
+            prompt = [{"weight": 0} | m if m["role"] == "assistant" else m for m in prompt]
+            target = {"role": "assistant", "content": dataset[i].get_target()}
+            ids, loss_mask = chat.encode_chat(tokenizer, [*prompt, target])
         except UserError as error:
-            raise UserError(f"row {i}: {error}") from None
+            reasons["of which it is not certain what trains"] += 1
+            first = first or f"; the first, row {i}: {error}"
+            continue
         if len(ids) > max_length:
             reasons[f"longer than {max_length:,} tokens"] += 1
         elif not any(loss_mask[1:]):  # nothing predicts token 0
@@ -155,6 +160,7 @@ def encode(
         else:
             encoded.append((ids, loss_mask))
     dropped = [f"dropped {count:,} of {len(dataset):,} rows {kind}" for kind, count in reasons.items()]
+    dropped = [line + first if "not certain" in line else line for line in dropped]
     if not encoded:
         raise UserError(f"no conversation is left: {', '.join(dropped)}")
     return encoded, dropped
@@ -172,15 +178,15 @@ def show(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> Text:
 
 def inspect(args: Args, dataset: Any = None) -> None:
     """Prints the first encoded conversations, as many as --inspect says. Loads no weights and writes nothing."""
-    common.check_args(args)
-    dataset = envs.load_splits(args, dataset, None)[0]
-    tokenizer = common.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
-    config = common.load_config(args.model)
+    args = common.check_args(args)
+    dataset = common.load_splits(args, dataset, None)[0]
+    tokenizer = chat.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
+    config = chat.load_config(args.model)
     context = chat.context_length(config)
     rows = [dataset[i] for i in range(len(dataset))[: args.inspect]]
     conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context))
     console = Console(highlight=False, soft_wrap=True)
-    lines = chat.check_tokenizer(tokenizer, config, common.load_generation_config(args.model, config))
+    lines = chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config))
     console.print(*lines, *dropped, sep="\n", markup=False)
     for conversation in conversations:
         console.print(show(tokenizer, *conversation), end="\n\n")
@@ -213,25 +219,23 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     if run.eval_dataset is not None:
         eval_conversations, eval_dropped = encode(run.eval_dataset, *options)
         dropped += [f"evaluation: {line}" for line in eval_dropped]
+    few = len(conversations) >= 0.99 * len(run.train_dataset)
     for line in dropped:
-        run.say(line, "yellow")
-    run.console.print("example   ", show(tokenizer, *conversations[0]))
+        run.say(line, "yellow" if few else "bold red")
+    run.say(Text("example    ") + show(tokenizer, *conversations[0]))
+    envs.require_rewards((args.eval_sample_completions and run.eval_dataset) or [])
     policy = common.load_policy(run, from_scratch=args.from_scratch and run.checkpoint is None)
     evaluator = None
     if args.eval_sample_completions and run.eval_dataset is not None:
         evaluator = common.Evaluator(common.make_engine(run), tokenizer, run.eval_dataset, args.max_new_tokens)
     run.begin(dropped=dropped)
 
-    def evaluate() -> dict[str, float]:
-        metrics = evaluate_loss(run, policy, eval_conversations)
-        if evaluator is not None:
-            evaluator.engine.sync(run.model)
-            metrics |= evaluator.evaluate()[0]
-        return metrics
+    def evaluate(step: int) -> dict[str, float]:
+        return evaluate_loss(run, policy, eval_conversations) | run.evaluate(step, evaluator)
 
     if run.step == 0 and eval_conversations:
-        run.log(0, evaluate())
-    for step in range(run.step + 1, args.num_steps + 1):
+        run.log(0, evaluate(0))
+    for step in run.steps():
         # 1. batch
         started = time.perf_counter()
         sequences = [conversations[row] for row in run.rows(step, len(conversations))]
@@ -264,7 +268,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
 
         # 4. evaluate and save
         if eval_conversations and run.at(step, args.eval_steps):
-            metrics |= evaluate()
+            metrics |= evaluate(step)
         run.log(step, metrics)
         run.save(step)
     run.finish()
