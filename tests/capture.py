@@ -32,7 +32,7 @@ import common
 import grpo
 import onpolicy_distill
 import sft
-from envs import EnvBase, data_order
+from envs import EnvBase
 
 SCRIPTS = {"grpo": grpo, "onpolicy_distill": onpolicy_distill, "sft": sft}
 
@@ -49,7 +49,7 @@ class Puzzle(EnvBase):
 
 def puzzles(flat: list[int], seed: int = 1) -> list[Puzzle]:
     """16 problems of unequal length; `flat` names positions in the order in which the script takes them."""
-    flat_rows = set(data_order(16, seed, 0, 16)[i] for i in flat)
+    flat_rows = set(common.data_order(16, seed, 0, 16)[i] for i in flat)
     texts = [f"{'why ' * (i % 5)}{i * 37} + {i}?" for i in range(16)]
     return [Puzzle([{"role": "user", "content": t}], "yes " * (i % 7), i in flat_rows) for i, t in enumerate(texts)]
 

@@ -21,6 +21,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import chat
 import common
 
 # With all threads there are. Those that wait sleep: two tests run at a time, and spinning would take the other's cores.
@@ -31,13 +32,24 @@ FAST = ["--eval-steps", "0", "--batch-size", "2", "--num-steps", "2", "--max-new
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return common.load_tokenizer("tiny")
+    return chat.load_tokenizer("tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """The bundled model in float32. Do not train it: it is shared."""
     return common.load_model("tiny", torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def no_modules_are_left(monkeypatch):
+    """Of files that a test wrote: the next one may write others of the same name."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if "/pytest-of-" in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
 
 
 def run_script(script, *flags, cwd=ROOT, **kwargs):

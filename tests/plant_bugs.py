@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = "grpo sft onpolicy_distill common templates envs scripts checkpoint reference"
-SLOW = "invariance processes durability"  # for what the first do not catch
+FAST = "grpo sft onpolicy_distill templates envs runs common scripts checkpoint reference"
+SLOW = "architectures invariance processes durability"  # for what the first do not catch
 
 BUGS = r"""
 grpo.py
@@ -31,6 +31,8 @@ grpo.py
     correction: turned round ~ \(old_logprobs\[mb\] - engine_logprobs\[mb\]\) ~ (engine_logprobs[mb] - old_logprobs[mb])
     correction: no cap ~ \.clamp\(max=cap\) ~
     denominator of this process, grpo ~ run\.sum\((loss_mask\.sum\(\))\) ~ float(\1)
+evaluate.py
+    interval: of the normal distribution ~ / n \+ z\*\*2 / \(4 \* n\*\*2\)\) ~ / n)
 sft.py
     denominator of this process, sft ~ (        tokens = )run\.sum\((loss_mask\.sum\(\))\)\n ~ \1float(\2)\n
 onpolicy_distill.py
@@ -39,25 +41,34 @@ onpolicy_distill.py
     distill: teacher without temperature ~ teacher\.head\(teacher_states, [\w.]+\) ~ teacher.head(teacher_states)
     denominator of this process, distill ~ run\.sum\((loss_mask\.sum\(\))\) ~ float(\1)
 chat.py
-    mask: stop token does not train ~ position \+ len\(end_of_turn\) if ~ position if
+    mask: stop token does not train ~ end \+ ends\.find\(.*\)\n ~ end\n
+    mask: turn found wherever it stands ~ if text\.startswith\("".join\(way\), position\) ~ if "".join(way) in text
+    mask: weight 0 trains ~ message\.get\("weight", 1\) for message ~ 1 for message
+    mask: the next header's token closes a turn ~  and match\[1\] not in but ~
+    mask: an empty block of the template trains ~ if with_thinking\[n\] != parts\[n\]: ~ if True:
+    context: a message that is dropped passes ~ if lost := left_out\(.*\): ~ if lost := []:
+    engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[stop\] if stop else \[\]\) ~ convert_tokens_to_ids([])
     mask: header trains where it swallows a line end ~ start \+ len\(.*rstrip\(\)\) if token in special else end ~ end
-    mask: turn found wherever it stands ~ if text\.startswith\((before \+ t \+ after), position\) ~ if (\1) in text
-    engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[end\] if end else \[\]\) ~ convert_tokens_to_ids([])
+engines.py
+    mask: prompt trains ~ before = \[0\] \* len\(prompt\) ~ before = [1] * len(prompt)
+    engine: a group's prompt for other rows ~ cache\.reorder_cache\(rows\) ~ cache.reorder_cache(rows.flip(0))
+    engine: rows that go on mixed up ~ cache\.reorder_cache\(index\) ~ cache.reorder_cache(index.flip(0))
+    engine: draws of other rows ~ uniforms\[going, t, None\] ~ uniforms[: len(going), t, None]
+    engine: decoding that differs passes ~ if not np\.mean\(gaps\) < .*: ~ if False:
 packing.py
     pack: one token less of the prefix ~ \.tril\(shared\) ~ .tril(shared - 1)
     pack: window one token too long ~ \.triu\(shared - window\) ~ .triu(shared - window - 1)
     pack: positions begin at 0 ~ positions \+= range\(shared, end\) ~ positions += range(end - shared)
     pack: keys of another sequence ~ keys = \[\*keys\[:shared\], ~ keys = [*range(shared),
 common.py
+    frozen: what no token reaches waits ~ run\.model\.get_parameter\(name\)\.requires_grad_\(False\) ~ pass
+    reward: a failing one costs the steps ~ (self\.step = step\n\s+)save_checkpoint\(self\) ~ \1pass
+    logits: a cap on small ones passes ~ \(inputs\[0\] \* 1e3,\) ~ (inputs[0] * 1.0,)
     gradients averaged over processes ~ \(loss \* run\.processes\)\.backward\(\) ~ loss.backward()
     passes: a process has fewer ~ max\(gather_object\(\[len\(passes\)\]\)\) ~ len(passes)
     shift: log-probs of the token itself ~ where\[:, :-1\] ~ where[:, 1:]
     temperature missing ~ logits if temperature == 1 else logits / temperature ~ logits
     head: rows of padding ~ \[:, : self\.vocab_size\] ~
-    mask: prompt trains ~ before = \[0\] \* len\(prompt\) ~ before = [1] * len(prompt)
-    engine: a group's prompt for other rows ~ cache\.reorder_cache\(rows\) ~ cache.reorder_cache(rows.flip(0))
-    engine: rows that go on mixed up ~ cache\.reorder_cache\(index\) ~ cache.reorder_cache(index.flip(0))
-    engine: draws of other rows ~ uniforms\[going, t, None\] ~ uniforms[: len(going), t, None]
     seeds: same on every process ~ first = self\.accelerator\.process_index \* count ~ first = 0
     rows: same on every process ~ \(\(step - 1\) \* self\.processes \+ self\.accelerator\.process_index\) ~ (step - 1)
     gap: NaN passes ~ if not gap <= run\.args\.max_logprob_gap ~ if gap > run.args.max_logprob_gap

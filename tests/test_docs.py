@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import chat
 import common
+import engines
 import envs
 import evaluate
 import grpo
@@ -21,7 +22,8 @@ import sft
 SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
 CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240}
-CEILINGS |= {"common.py": 1000, "chat.py": 200, "packing.py": 170, "envs.py": 400, "README.md": 140}
+CEILINGS |= {"common.py": 1000, "chat.py": 460, "engines.py": 240, "packing.py": 170, "envs.py": 400}
+CEILINGS["README.md"] = 140
 RESULTS = ROOT / "training_guide" / "results"
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "models" / "README.md", RESULTS / "README.md"]
 DOCS += sorted((ROOT / "training_guide").glob("*.md"))
@@ -38,7 +40,7 @@ def guide(script):
 
 def test_files_tests_and_results_stay_small():
     assert [name for name in CEILINGS if len(lines(ROOT / name)) > CEILINGS[name]] == []
-    assert sum(len(lines(path)) for path in (ROOT / "tests").glob("*.py")) <= 4000
+    assert sum(len(lines(path)) for path in (ROOT / "tests").glob("*.py")) <= 4700
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) <= 600_000
 
 
@@ -73,8 +75,8 @@ def test_arrows_point_one_way():
     """Scripts use what is shared; common uses the other three; no script uses another."""
     for path in SOURCES:
         imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
-        below = {"envs.py": set(), "chat.py": {"envs"}, "packing.py": {"envs"}}
-        below |= {"common.py": {"chat", "packing", "envs"}}
+        below = {"chat.py": set(), "engines.py": {"chat"}, "packing.py": {"chat"}, "envs.py": {"chat"}}
+        below |= {"common.py": {"chat", "engines", "packing", "envs"}}
         allowed = below.get(path.name, {"common", "chat", "envs"})
         assert imported & {p.stem for p in SOURCES} <= allowed
 
@@ -110,7 +112,7 @@ def test_links_paths_and_functions_exist(doc):
             assert anchor in slugs, f"{path}#{anchor}"
     for path in re.findall(r"`((?:models|tests|training_guide|benchmarks|\.ci)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
-    modules = SCRIPTS | {"common": common, "chat": chat, "packing": packing, "envs": envs}
+    modules = SCRIPTS | {"common": common, "chat": chat, "engines": engines, "packing": packing, "envs": envs}
     for module, name in re.findall(rf"`({'|'.join(modules)})\.(\w+)`", text if doc.name != "CHANGELOG.md" else ""):
         assert name == "py" or hasattr(modules[module], name), f"{module}.{name}"
 

@@ -20,7 +20,7 @@ import common
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # of sys.addaudithook
 
 
-def write_plain(_run, folder, dtype):
+def write_plain(_run, folder):
     (folder / "model.safetensors").write_bytes(os.urandom(3000))
     (folder / "config.json").write_text("{}")
 

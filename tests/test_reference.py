@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import common
 from common import completion_seed, encode_prompt
-from envs import data_order
 
 pytestmark = pytest.mark.slow
 PROMPTS, GROUP, TEMPERATURE, BETA, FLAT = 4, 4, 0.7, 0.1, [2]
@@ -55,7 +54,7 @@ def test_two_updates_of_grpo(tmp_path, tokenizer, model, loss_type):
     launch([case], tmp_path, processes=1)
 
     drawn = load_file(tmp_path / "run-0.safetensors")
-    rows, sequences = data_order(16, 1, 0, PROMPTS), []
+    rows, sequences = common.data_order(16, 1, 0, PROMPTS), []
     for p, row in enumerate(rows):
         env = puzzles(FLAT)[row]
         prompt = encode_prompt(tokenizer, env.prompt)
@@ -94,7 +93,7 @@ def test_a_step_of_sft(tmp_path, tokenizer, model):
     flags = [*SMALL, "--batch-size", "8", "--micro-batch-tokens", "150"]
     launch([{"name": "run", "script": "sft", "flags": flags, "float64": True}], tmp_path, processes=1)
     logprobs = []
-    for row in data_order(16, 1, 0, 8):
+    for row in common.data_order(16, 1, 0, 8):
         env = puzzles([])[row]
         answer = tokenizer(env.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         logprobs += logprobs_of(model, encode_prompt(tokenizer, env.prompt), answer, 1.0)
@@ -114,7 +113,7 @@ def test_a_step_of_distillation(tmp_path, tokenizer, model, estimator):
     teacher = AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny-teacher"], dtype=torch.float64)
     teacher = in_float64(teacher)
     drawn, terms, value = load_file(tmp_path / "run-0.safetensors"), [], 0.0
-    for b, row in enumerate(data_order(16, 1, 0, 8)):
+    for b, row in enumerate(common.data_order(16, 1, 0, 8)):
         prompt = encode_prompt(tokenizer, puzzles([])[row].prompt)
         ids = drawn[f"completion.{completion_seed(1, 1, b)}"].tolist()
         whole, last = torch.tensor([prompt + ids]), len(prompt) - 1

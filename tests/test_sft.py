@@ -57,8 +57,11 @@ def test_long_and_untrainable_conversations_are_dropped_and_counted(tokenizer):
     assert dropped == ["dropped 1 of 2 rows with nothing to train"]
     with pytest.raises(UserError, match="no conversation is left: dropped 1 of 1 rows longer than 60 tokens"):
         sft.encode([env("a" * 99)], tokenizer, 60)
-    with pytest.raises(UserError, match="row 1: this environment has no answer"):
-        sft.encode([env("a"), EnvBase(env("a").prompt)], tokenizer, 60)
+    _, dropped = sft.encode([env("a"), EnvBase(env("a").prompt)], tokenizer, 60)
+    assert (
+        "dropped 1 of 2 rows of which it is not certain what trains; the first, row 1: this environment has"
+        in dropped[0]
+    )
 
 
 def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):

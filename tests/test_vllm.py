@@ -45,7 +45,7 @@ def untied_model(folder):
     untied.load_state_dict(state)
     untied.save_pretrained(folder)
     path = folder / "generation_config.json"
-    brace = common.load_tokenizer("tiny").convert_tokens_to_ids("}")
+    brace = chat.load_tokenizer("tiny").convert_tokens_to_ids("}")
     settings = {"eos_token_id": [2, brace], "temperature": 0.1, "top_k": 2, "repetition_penalty": 3.0}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings | {"do_sample": True}))
     return str(folder), brace
@@ -55,7 +55,7 @@ class Pair:
     """A model, transformers' engine and vLLM's, and prompts of its chat template, one of many blocks of the cache."""
 
     def __init__(self, source, brace=None, count=64):
-        self.brace, self.tokenizer = brace, common.load_tokenizer(source)
+        self.brace, self.tokenizer = brace, chat.load_tokenizer(source)
         self.model = common.load_model(source, CPU)
         self.hf = HFEngine(ChunkedLM(self.model, vocab_size=chat.vocab_size(self.tokenizer)), self.tokenizer, 512)
         self.vllm = VLLMEngine(source, self.tokenizer, F32, engine_args(), trains=True)

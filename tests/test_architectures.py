@@ -1,0 +1,152 @@
+"""Every causal architecture of transformers, tiny, random and scaled up: right, or refused in one line; never wrong.
+
+Right: log-probs and gradients, packed or padded, equal those of whole logits, one sequence at a time; and so do the
+log-probs that completions were drawn with, in a batch with a group, with padding and with rows that stop.
+"""
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import common
+from common import ChunkedLM, HFEngine, UserError, token_logprobs
+
+SIZES = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim", "lru_width"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "d_inner", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "linear_num_value_heads"), 4),
+    **dict.fromkeys(
+        ("num_key_value_heads", "num_experts_per_tok", "linear_num_key_heads", "full_attention_interval"), 2
+    ),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "eos_token_id"), 1),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "rotary_dim", "d_kv"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_num_heads", "mamba_head_dim"), 8),
+    **dict.fromkeys(("state_size", "ssm_state_size", "linear_key_head_dim", "linear_value_head_dim"), 8),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank", "q_lora_rank"), 16),
+    **{"vocab_size": 64, "max_position_embeddings": 128, "n_positions": 128, "encoder_ffn_dim": 64, "bos_token_id": 0},
+    **{"pad_token_id": 2, "sliding_window": 3, "use_sliding_window": True, "full_attention_interval": 2},
+    **{"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16], "num_experts_per_token": 2, "expand": 2},
+    **{"attn_layer_period": 2, "attn_layer_offset": 1, "global_attn_every_n_layers": 2},
+}
+TRIED = ((), ("head_dim",), ("v_head_dim",), ("num_key_value_heads",), ("head_dim", "num_key_value_heads"))
+TRIED += (("num_hidden_layers",), ("n_layer",), ("head_dim", "num_hidden_layers"), ("sliding_window", "head_dim"))
+LISTED_FOR = "5.24"  # transformers; of other versions nothing may be wrong either
+CAPS_OR_SCALES = """beam bert big_bird camembert cohere cohere2 cohere2_moe cpmant data2vec-text electra ernie gemma2
+inkling_text megatron-bert minicpm3 modernbert-decoder nanochat prophetnet recurrent_gemma roberta roberta-prelayernorm
+roformer vaultgemma xlm xlm-roberta xlm-roberta-xl xlstm """
+REFUSED = CAPS_OR_SCALES + "llama4 llama4_text rembert emu3 mllama"  # no trunk and head, or not loaded by transformers
+NOT_TINY = """blt cohere_compass_text dbrx dots3_note falcon_h1 gemma3 gemma3n gemma3n_text gemma4 gemma4_assistant
+dots3_note_text gemma4_text gemma4_unified_assistant git got_ocr2 gpt_neo inkling2_loop_text inkling2_text
+kimi_linear lfm2_moe mamba2 moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen4_exp
+qwen4_exp_text reformer roc_bert xmod zamba zamba2 zaya"""
+NO_ROLLOUT = """bailing_hybrid bamba bart bert-generation bigbird_pegasus blenderbot blenderbot-small deepseek_v4
+dory falcon_mamba granitemoehybrid mamba marian mbart minimax moshi mvp openai-gpt pegasus plbart rwkv trocr xlnet"""
+PACKED = "arcee biogpt gpt2 llama mistral mixtral olmo2 opt phi phi3 qwen2 qwen3 qwen3_moe smollm3 starcoder2"
+SEQUENCES = [  # token ids, and how many of the last ones train: a group with a shared prefix, and others
+    *[([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], 6), ([5, 6, 7, 8, 20, 21, 22], 3), ([30, 31, 32, 33, 34], 4)],
+    ([5, 6, 7, 8, 9, 10, 40], 3),
+]
+
+
+def tiny_config(kind, left_out):
+    config_class = CONFIG_MAPPING[kind]
+    text = config_class().get_text_config()
+    known = set(text.to_dict()) | set(text.attribute_map)
+    sizes = {name: size for name, size in SIZES.items() if name in known and name not in left_out}
+    if "num_key_value_heads" in left_out:
+        sizes["num_key_value_heads"] = 4
+    if "num_hidden_layers" in known and ("num_hidden_layers" in left_out or "layer_types" in known):
+        sizes["num_hidden_layers"] = 4  # enough for a layer of each kind
+    if type(text) is config_class:
+        return config_class(**sizes)
+    part = next(name for name in config_class.sub_configs if type(getattr(config_class(), name)) is type(text))
+    return config_class(**{part: type(text)(**sizes).to_dict()})
+
+
+def tiny_model(kind, scale):
+    """None where no combination of small sizes gives a small model that runs."""
+    for left_out in TRIED:
+        torch.manual_seed(0)
+        try:
+            config = tiny_config(kind, left_out)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            if model.num_parameters() > 5e6:
+                continue
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+        except Exception:  # of a configuration that does not like these sizes: any
+            continue
+        for parameter in model.parameters():
+            parameter.data.mul_(scale if parameter.ndim >= 2 else 1)
+        return model
+    return None
+
+
+def plain_logprobs(model, ids, trained):
+    every = model(input_ids=torch.tensor([ids]), use_cache=False).logits.float().log_softmax(-1)[0]
+    return torch.stack([every[t - 1, ids[t]] for t in range(len(ids) - trained, len(ids))])
+
+
+def gradient_of(model, logprobs):
+    model.zero_grad()
+    logprobs.sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_an_architecture_is_right_or_refused(tmp_path, tokenizer, kind):
+    model = tiny_model(kind, scale=4.0)
+    listed = transformers.__version__.startswith(LISTED_FOR)
+    if model is None:
+        assert kind in NOT_TINY.split() or not listed
+        pytest.skip("not small with these sizes")
+    model.save_pretrained(tmp_path)
+    try:
+        try:
+            model, attn = common.load_model(str(tmp_path), torch.device("cpu")), "auto"
+        except UserError:
+            model, attn = common.load_model(str(tmp_path), torch.device("cpu"), "eager"), "eager"
+    except UserError:
+        assert kind in REFUSED.split() or not listed
+        return
+    assert kind not in REFUSED.split()
+    expected = [plain_logprobs(model, ids, trained) for ids, trained in SEQUENCES]
+    wanted = gradient_of(model, torch.cat(expected))
+
+    lm = ChunkedLM(model, attn=attn)
+    assert kind not in PACKED.split() or lm.kernel is not None
+    rows = [(ids, [0] * (len(ids) - trained) + [1] * trained) for ids, trained in SEQUENCES]
+    logprobs = token_logprobs(lm, *common.collate(rows, torch.device("cpu"))[:3])
+    for row, (ids, trained), alone in zip(logprobs, SEQUENCES, expected, strict=True):
+        torch.testing.assert_close(row[len(ids) - trained : len(ids)], alone, rtol=1e-4, atol=1e-4)
+    gradient = gradient_of(model, logprobs)
+    assert (gradient - wanted).norm() < 1e-4 * wanted.norm()
+
+    try:
+        engine = HFEngine(lm, tokenizer, 512)
+    except UserError:
+        assert kind in NO_ROLLOUT.split() or not listed
+        return
+    engine.stop_ids = range(5, 64, 3)
+    prompts = [[5, 6, 7, 8], [9], [5, 6, 7, 8], [3, 4, 5, 6, 7, 8, 9]]
+    completions = engine.generate(prompts, [*range(4)], max_new_tokens=12, temperature=1.0)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            alone = plain_logprobs(model, prompt + completion.token_ids, len(completion.token_ids))
+        torch.testing.assert_close(torch.tensor(completion.logprobs), alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_cap_on_logits_is_seen_however_small_they_are(tmp_path):
+    model = tiny_model("gemma2", scale=1.0)
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.abs().max() < 1
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="caps or scales its logits"):
+        common.load_model(str(tmp_path), torch.device("cpu"), "eager")
