@@ -38,6 +38,7 @@ import torch
 import transformers
 import tyro
 
+import chat
 import common
 import envs
 
@@ -94,7 +95,7 @@ class Args:
 
 def write_data(model: str, folder: Path) -> dict[str, list]:
     """The files that both sides read; (tokens, trained tokens) of each conversation, and tokens of each prompt."""
-    tokenizer = common.load_tokenizer(model)
+    tokenizer = chat.load_tokenizer(model)
     dataset = envs.load_dataset("math", "train", num_samples=16)
     words = "the a of model answer to train why is this that number when we add two and three it because so not yes"
     rows, sizes, overhead = [], [], len(common.encode_prompt(tokenizer, [{"role": "user", "content": ""}]))
@@ -123,7 +124,7 @@ def run(command: list[str], log: Path, **variables: str) -> list[tuple[float, st
             lines.append((time.time() - started, line))
     log.write_text("".join(line for _, line in lines))
     if process.returncode:
-        raise envs.UserError(f"{' '.join(command)} failed, see {log}: {lines[-1][1].strip() if lines else ''}")
+        raise chat.UserError(f"{' '.join(command)} failed, see {log}: {lines[-1][1].strip() if lines else ''}")
     return [(time.time() - started, ""), *lines]
 
 
@@ -196,7 +197,7 @@ def needed(task: str, args: Args, sizes: dict[str, list], speed: dict[str, float
     A decoding step takes its FLOPs or the reading of the weights, whichever is longer. `once`: a prefix that sequences
     share is counted once (of SFT's conversations: what the template writes before each; of completions: their prompt).
     """
-    config = common.load_config(args.model)
+    config = chat.load_config(args.model)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
@@ -209,7 +210,7 @@ def needed(task: str, args: Args, sizes: dict[str, list], speed: dict[str, float
         return 2 * trunk * computed + 2 * head.weight.numel() * sum(trained for _, trained in sequences) + attention
 
     if task == "sft":
-        template = len(common.encode_prompt(common.load_tokenizer(args.model), [{"role": "user", "content": ""}]))
+        template = len(common.encode_prompt(chat.load_tokenizer(args.model), [{"role": "user", "content": ""}]))
         sequences, shared, passes = sizes["sft"], 15 * (template - 5), 3  # a backward pass is two forward ones
         decoding = 0.0
     else:
@@ -303,7 +304,7 @@ def one_round(task: str, args: Args, folder: Path, n: int, settings: dict, sizes
 def main(args: Args) -> None:
     folder = Path(args.output).resolve()
     if folder.exists():
-        raise envs.UserError(f"--output {folder} exists: choose another")
+        raise chat.UserError(f"--output {folder} exists: choose another")
     folder.mkdir(parents=True)
     args.model = str(Path(common.BUNDLED.get(args.model, args.model)).resolve())
     if args.quick:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tyro
 
+import chat
 import common
 
 WORDS = "the a of model answer to train why is this that number when we add two and three it because so not yes"
@@ -41,7 +42,7 @@ def main(args: Args) -> None:
         ]
         for _ in range(args.conversations)
     ]
-    tokenizer, shares = common.load_tokenizer(args.model), []
+    tokenizer, shares = chat.load_tokenizer(args.model), []
     for number in range(args.rounds):
         started = time.perf_counter()
         plain = [tokenizer.apply_chat_template(c, tokenize=True, return_dict=False) for c in conversations]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import tyro
 
+import chat
 import common
 import onpolicy_distill
 from envs import MathDataset
@@ -42,8 +43,8 @@ class Args:
 
 def measure(args: Args, estimator: str, samples: int) -> dict[str, float]:
     """One row of the table, in a process of its own."""
-    device, tokenizer = common.join_processes().device, common.load_tokenizer(args.model)
-    size = common.vocab_size(tokenizer)
+    device, tokenizer = common.join_processes().device, chat.load_tokenizer(args.model)
+    size = chat.vocab_size(tokenizer)
     policy, teacher = (
         common.ChunkedLM(common.load_model(name, device), vocab_size=size, attn="auto")
         for name in (args.model, args.teacher_model)

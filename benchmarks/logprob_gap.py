@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import tyro
 
+import chat
 import common
 import envs
 
@@ -36,8 +37,8 @@ class Args:
 def main(args: Args) -> None:
     device = common.join_processes().device
     dtype, tokens = common.pick_compute(SimpleNamespace(dtype=args.dtype, micro_batch_tokens=None), device)
-    tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, device)
-    policy = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), "auto")
+    tokenizer, model = chat.load_tokenizer(args.model), common.load_model(args.model, device)
+    policy = common.ChunkedLM(model, dtype, chat.vocab_size(tokenizer), "auto")
     run: Any = SimpleNamespace(lm=policy, micro_batch_tokens=tokens, sum=float)
     run.args = SimpleNamespace(max_logprob_gap=math.inf)
     engine = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, trains=True)

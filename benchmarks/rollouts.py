@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 
+import chat
 import common
 import envs
 
@@ -46,8 +47,8 @@ class Args:
 def main(args: Args) -> None:
     device = common.join_processes().device
     dtype, tokens = common.pick_compute(SimpleNamespace(dtype="auto", micro_batch_tokens=None), device)
-    tokenizer, model = common.load_tokenizer(args.model), common.load_model(args.model, device)
-    lm = common.ChunkedLM(model, dtype, common.vocab_size(tokenizer), "auto")
+    tokenizer, model = chat.load_tokenizer(args.model), common.load_model(args.model, device)
+    lm = common.ChunkedLM(model, dtype, chat.vocab_size(tokenizer), "auto")
     engines: dict[str, Any] = {
         "hf": common.HFEngine(lm, tokenizer, tokens),
         "vllm": common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args, trains=True),

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, GenerationConfig, MistralConfig, Qwen2Config
 
+import chat
 import common
 import packing
 
@@ -191,7 +192,7 @@ def nan_of_cudnn() -> None:
 
 def gradients_of_tiny() -> None:
     """Float32 and bf16 on the GPU against float64 on the CPU, padded."""
-    vocab = common.vocab_size(common.load_tokenizer("tiny"))
+    vocab = chat.vocab_size(chat.load_tokenizer("tiny"))
     inputs = random_batch(vocab)
     exact = common.ChunkedLM(common.load_model("tiny", torch.device("cpu")).double(), F32, vocab, "eager")
     expected_logprobs, expected = gradients(exact, inputs, None)
@@ -242,7 +243,7 @@ def draws() -> None:
     """One token for each of 64 prompts, of a vocabulary of Qwen's size and logits with a deviation near 3."""
     model = qwen(layers=1, hidden=128, inner=256, heads=2, device=torch.device("cpu"), tied=False)
     model.lm_head.weight.data *= 15
-    tokenizer, lms = common.load_tokenizer("tiny"), {}
+    tokenizer, lms = chat.load_tokenizer("tiny"), {}
     for device in ("cpu", str(DEVICE)):
         lms[device] = common.ChunkedLM(copy.deepcopy(model).to(device), F32, TOKENS, "sdpa")
     prompts = [np.random.default_rng(i).integers(3, TOKENS, 12).tolist() for i in range(64)]
@@ -255,8 +256,8 @@ def draws() -> None:
 
 def engine() -> None:
     """Greedy and seeded tokens against the CPU's, and the trainer's log-probs against those drawn with."""
-    tokenizer, cpu = common.load_tokenizer("tiny"), torch.device("cpu")
-    vocab = common.vocab_size(tokenizer)
+    tokenizer, cpu = chat.load_tokenizer("tiny"), torch.device("cpu")
+    vocab = chat.vocab_size(tokenizer)
     prompts = [np.random.default_rng(i).integers(3, vocab - 9, 10 + i % 7).tolist() for i in range(32)]
     seeds = [common.completion_seed(1, 1, i) for i in range(32)]
     on_cpu = common.ChunkedLM(common.load_model("tiny", cpu), F32, vocab, "auto")

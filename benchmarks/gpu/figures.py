@@ -24,6 +24,7 @@ import torch
 from correct import BF16, DEVICE, DRY, F32, FAST, FAST_NAME, TOKENS, qwen, switched, synchronize
 from torch.optim import AdamW
 
+import chat
 import common
 import grpo
 import onpolicy_distill
@@ -177,7 +178,7 @@ class Bench:
         self.update()
 
     def rollout(self, new_tokens: int) -> None:
-        tokenizer = common.load_tokenizer("tiny")  # for its stop tokens, which are not used
+        tokenizer = chat.load_tokenizer("tiny")  # for its stop tokens, which are not used
         engine = common.HFEngine(self.lm, tokenizer, 4096)
         engine.stop_ids = []  # every completion is as long as can be
         prompts = [prompt for prompt, completions in self.groups for _ in completions][: 256 // SCALE]
