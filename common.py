@@ -372,7 +372,7 @@ class ChunkedLM(nn.Module):
     ) -> tuple[Tensor, ...]:
         """`chunk_fn(logits, targets, ...)` of some trained tokens at a time: (n, V), (n,) and rows of `more`, (N, ...).
 
-        What it returns for each token is put together, (N,); scalars are added. Backward computes a chunk again.
+        What it returns for each token is put together, (N,); scalars are added. Backward computes chunks again.
         """
 
         def of_chunk(states: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -382,7 +382,10 @@ class ChunkedLM(nn.Module):
         targets = input_ids[:, 1:][loss_mask[:, 1:].bool()]  # (N,)
         size, results = max(HEAD_LOGITS // self.vocab_size, 1), []
         for chunk in zip(*(t.split(size) for t in (states, targets, *more)), strict=True):
-            results.append(checkpoint(of_chunk, *chunk, use_reentrant=False))
+            if len(states) > size:
+                results.append(checkpoint(of_chunk, *chunk, use_reentrant=False))
+            else:  # a single one takes no more memory if it is kept
+                results.append(of_chunk(*chunk))
         return tuple(torch.cat(p) if p[0].ndim else torch.stack(p).sum() for p in zip(*results, strict=True))
 
 
