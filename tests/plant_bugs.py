@@ -45,7 +45,6 @@ chat.py
     mask: turn found wherever it stands ~ if text\.startswith\("".join\(way\), position\) ~ if "".join(way) in text
     mask: weight 0 trains ~ message\.get\("weight", 1\) for message ~ 1 for message
     mask: the next header's token closes a turn ~  and match\[1\] not in but ~
-    mask: an empty block of the template trains ~ if with_thinking\[n\] != parts\[n\]: ~ if True:
     context: a message that is dropped passes ~ if lost := left_out\(.*\): ~ if lost := []:
     engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[stop\] if stop else \[\]\) ~ convert_tokens_to_ids([])
     mask: header trains where it swallows a line end ~ start \+ len\(.*rstrip\(\)\) if token in special else end ~ end
@@ -63,7 +62,7 @@ packing.py
 common.py
     frozen: what no token reaches waits ~ run\.model\.get_parameter\(name\)\.requires_grad_\(False\) ~ pass
     reward: a failing one costs the steps ~ (self\.step = step\n\s+)save_checkpoint\(self\) ~ \1pass
-    logits: a cap on small ones passes ~ \(inputs\[0\] \* 1e3,\) ~ (inputs[0] * 1.0,)
+    logits: a cap on small ones passes ~ head\(states \* 1e3\)(.*\n.*)inputs\[0\] \* 1e3 ~ head(states)\1inputs[0]
     gradients averaged over processes ~ \(loss \* run\.processes\)\.backward\(\) ~ loss.backward()
     passes: a process has fewer ~ max\(gather_object\(\[len\(passes\)\]\)\) ~ len(passes)
     shift: log-probs of the token itself ~ where\[:, :-1\] ~ where[:, 1:]
