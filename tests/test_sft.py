@@ -10,6 +10,7 @@ from conftest import read_metrics, run_main, run_script
 
 import chat
 import common
+import envs
 import sft
 from envs import EnvBase, UserError
 
@@ -116,3 +117,12 @@ def test_script_trains_multi_turn_messages_and_logs(tmp_path):
     dropped = "dropped 1 of 5 rows longer than 512 tokens"
     assert json.loads((tmp_path / "run" / "args.json").read_text())["dropped"] == [dropped, f"evaluation: {dropped}"]
     assert f"\n{dropped}\nevaluation: {dropped}\n" in done.stdout
+
+
+def test_of_a_prompt_nothing_trains_and_of_messages_every_turn_with_a_weight(tokenizer):
+    user, first = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"prompt": [user, first, user], "target": "c"}, {"messages": [user, first, user, first | {"content": "c"}]}]
+    rows.append({"messages": [user, first, user, first | {"content": "c", "weight": 0}]})
+    encoded, _ = sft.encode([envs.row_to_env(row, "row") for row in rows], tokenizer, 512)
+    trained = [tokenizer.decode([i for i, keep in zip(*row, strict=True) if keep]) for row in encoded]
+    assert trained == ["c<|im_end|>", "b<|im_end|>c<|im_end|>", "b<|im_end|>"]
