@@ -226,7 +226,7 @@ def test_a_prompt_is_the_beginning_of_its_conversation_also_in_parts(tokenizer):
 
 def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokenizer, tmp_path):
     mine = tmp_path / "mine.jinja"
-    mine.write_text("{{ begin }}" + TURNS + "{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
+    mine.write_text("\ufeff{{ begin }}" + TURNS + "{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
     given = load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
     assert trained(given, chat("a", "b")) == ["b<|im_end|>"]
     ids, _ = encode_chat(given, chat("a", "b"))
