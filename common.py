@@ -134,7 +134,6 @@ def join_processes() -> Accelerator:
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "false").lower() in ("1", "true"):
             raise UserError(f"{name} is set: not supported, take accelerate launch --multi_gpu")
-    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # read even where it is given
     try:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         options: dict[str, Any] = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "dynamo_backend": "no"}
@@ -219,15 +218,12 @@ def load_model(
     ids, real = torch.tensor([[0, 1, 2, 0, 0]], device=device), torch.tensor([[1, 1, 1, 0, 0]], device=device)
 
     head = model.get_output_embeddings()
-    try:
-        with torch.no_grad():
-            states = model.base_model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state[:, :3]
-            logits = head(states * 1e3)  # so that a cap on small logits shows as well
-            hook = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0] * 1e3,))
-            error = (model(input_ids=ids[:, :3], use_cache=False).logits - logits).norm() / logits.norm()
-            hook.remove()
-    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as reason:
-        raise UserError(f"{name} does not run as a trunk and a head ({reason}): not supported") from reason
+    with chat.loading(f"{name} as a trunk and a head"), torch.no_grad():
+        states = model.base_model(input_ids=ids, attention_mask=real, use_cache=False).last_hidden_state[:, :3]
+        logits = head(states * 1e3)  # so that a cap on small logits shows as well
+        hook = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0] * 1e3,))
+        error = (model(input_ids=ids[:, :3], use_cache=False).logits - logits).norm() / logits.norm()
+        hook.remove()
     if not error < 1e-2:
         raise UserError(f"{name} caps or scales its logits, or padding changes them: not supported")
     return model
@@ -236,12 +232,8 @@ def load_model(
 def freeze_unreached(run: "Run") -> None:
     """Of what no token reaches (a vision tower, a router's bias) no process may wait for another's gradient."""
     ids = torch.arange(32, device=run.device)[None] % run.lm.vocab_size
-    try:
+    with chat.loading(f"{run.source} to train it"):
         token_logprobs(run.lm, ids, torch.ones_like(ids), torch.ones_like(ids)).sum().backward()
-    except (RuntimeError, TypeError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(f"{run.source} can't be trained: {str(error).splitlines()[0]}") from error
     unreached = [name for name, p in run.model.named_parameters() if p.grad is None]
     for name in unreached:
         run.model.get_parameter(name).requires_grad_(False)
@@ -699,11 +691,11 @@ class Run:
         """The steps to do. Meanwhile a signal ends a step instead of breaking it; afterwards it does what it did."""
         in_main_thread = threading.current_thread() is threading.main_thread()  # no other one may handle signals
         signums = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if in_main_thread else ()
-        self.handlers: dict[int, Any] = {signum: signal.signal(signum, self.on_signal) for signum in signums}
+        before = {signum: signal.signal(signum, self.on_signal) for signum in signums}
         try:
             yield from range(self.step + 1, self.args.num_steps + 1)
         finally:
-            for signum, handler in self.handlers.items():
+            for signum, handler in before.items():
                 signal.signal(signum, handler)
 
     def on_signal(self, signum: int, _frame: Any) -> None:

@@ -140,6 +140,8 @@ def test_the_readme_tells_the_command_that_ci_runs_and_the_files_there_are():
     assert 'pip install --quiet -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
     told = dict(re.findall(r"^(\w+\.py) +(\d+) lines ", readme, re.MULTILINE))
     assert told.keys() == {path.name for path in SOURCES}
+    wheel = re.search(r"^only-include = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(ast.literal_eval(wheel[1])) == told.keys() | {"models"}
     assert [path.name for path in SOURCES if abs(int(told[path.name]) - len(lines(path))) > 9] == []
 
 
