@@ -1,7 +1,7 @@
-"""Plants bugs into a copy of the project, one at a time, and reports which test catches each. Not a test itself.
+"""Plants bugs into a copy of the project, one at a time, and reports which test catches each.
 
-python tests/plant_bugs.py            all of them, minutes each at worst; exit code 1 if one is missed or misplaced
-python tests/plant_bugs.py KL gap     those whose name has one of these words in it
+python .ci/plant_bugs.py            all of them, minutes each at worst; exit code 1 if one is missed or misplaced
+python .ci/plant_bugs.py KL gap     those whose name has one of these words in it
 
 A line of the table is a name, a pattern for what must stand in the file once, and what replaces it, as `re.sub` takes
 them: rewording around a pattern does no harm.
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = "grpo sft onpolicy_distill templates envs runs common scripts checkpoint reference"
+FAST = "grpo sft onpolicy_distill templates tools envs rows grading lora runs common scripts checkpoint reference"
 SLOW = "architectures invariance processes durability"  # for what the first do not catch
 
 BUGS = r"""
@@ -41,6 +41,9 @@ onpolicy_distill.py
     distill: teacher without temperature ~ teacher\.head\(teacher_states, [\w.]+\) ~ teacher.head(teacher_states)
     denominator of this process, distill ~ run\.sum\((loss_mask\.sum\(\))\) ~ float(\1)
 chat.py
+    tools: a tool's result trains ~  and text\[differs:at\] in upto ~
+    tools: a call that the template drops passes ~ enumerate\(message\.get\("tool_calls", \[\]\)\) ~ enumerate([])
+    tools: a call begins with the header ~ starts \+= find_prompt\(.*\)\n ~ starts += [0]\n
     mask: stop token does not train ~ end \+ ends\.find\(.*\)\n ~ end\n
     mask: turn found wherever it stands ~ if text\.startswith\("".join\(way\), position\) ~ if "".join(way) in text
     mask: weight 0 trains ~ message\.get\("weight", 1\) for message ~ 1 for message
@@ -49,6 +52,7 @@ chat.py
     engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[stop\] if stop else \[\]\) ~ convert_tokens_to_ids([])
     mask: header trains where it swallows a line end ~ start \+ len\(.*rstrip\(\)\) if token in special else end ~ end
 engines.py
+    lora: merged without its scale or sign ~ \+ adapted_layer\.get_delta ~ - adapted_layer.get_delta
     mask: prompt trains ~ before = \[0\] \* len\(prompt\) ~ before = [1] * len(prompt)
     engine: a group's prompt for other rows ~ cache\.reorder_cache\(rows\) ~ cache.reorder_cache(rows.flip(0))
     engine: rows that go on mixed up ~ cache\.reorder_cache\(index\) ~ cache.reorder_cache(index.flip(0))
@@ -59,8 +63,23 @@ packing.py
     pack: window one token too long ~ \.triu\(shared - window\) ~ .triu(shared - window - 1)
     pack: positions begin at 0 ~ positions \+= range\(shared, end\) ~ positions += range(end - shared)
     pack: keys of another sequence ~ keys = \[\*keys\[:shared\], ~ keys = [*range(shared),
+grading.py
+    thinking: a box in it counts ~ \.partition\("<think>"\)\[0\] ~
+    units: two that differ are left out ~ if right in \(mine, ~ if squeezed(answer, unit=False) in (mine,
+    worker: a late verdict answers the next question ~ with process:.*\n +process\.kill\(\) ~ self.process = process
+envs.py
+    rows: the prompt's answers train ~ \[\{"weight": 0\} \| message if message ~ [{"weight": 1} | message if message
+tables.py
+    rows: a row that is left out stays ~ if self\.can_use\(row\):\n ~ if True:\n
+    rows: an edit goes unseen ~ sha\.update\(hashlib.* ~ pass
+    rows: the thread runs far ahead ~ if before is not None: ~ if False:
+math_worker.py
+    worker: strings are evaluated ~ LITERAL\.fullmatch\(code\)\[0\] ~ code
+    worker: letters of a word in any order ~ not words and ~
+    worker: decimals are rounded ~ float_rounding=10 ~ float_rounding=5
 common.py
-    frozen: what no token reaches waits ~ run\.model\.get_parameter\(name\)\.requires_grad_\(False\) ~ pass
+    lora: the reference has the adapter on ~ with run\.adapter\.disable_adapter\(\): ~ with suppress():
+    frozen: what no token reaches waits ~ requires_grad_\(False\)(?=\n +run\.model\.zero) ~ requires_grad_(True)
     reward: a failing one costs the steps ~ (self\.step = step\n\s+)save_checkpoint\(self\) ~ \1pass
     logits: a cap on small ones passes ~ head\(states \* 1e3\)(.*\n.*)inputs\[0\] \* 1e3 ~ head(states)\1inputs[0]
     gradients averaged over processes ~ \(loss \* run\.processes\)\.backward\(\) ~ loss.backward()
