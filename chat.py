@@ -5,12 +5,13 @@ begins.
 """
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
 import re
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ import numpy as np
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 BUNDLED = {name: str(Path(__file__).resolve().parent / "models" / name) for name in ("tiny", "tiny-teacher")}
-Message = dict[str, Any]  # role and content, both text, and where it is given `weight`: 0, and the turn does not train
+# role and content, both text; where it is given `weight`: 0, and the turn does not train; an assistant's may have
+# reasoning_content and tool_calls.
+Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {"function": "tool", "ipython": "tool"}  # what OpenAI and Llama have called it
 FLAGS = ("weight", "train", "training", "trainable", "loss")  # what people call `weight`
+THINKING = ("reasoning_content", "thinking", "reasoning")  # and what people and templates call that
 
 
 class UserError(Exception):
@@ -41,39 +46,94 @@ def loading(what: str) -> Generator[None]:
     except Exception as error:  # each library has types of its own
         if isinstance(error, (UserError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
             raise
+        if type(error).__name__.startswith("DatasetGeneration"):  # which says nothing itself
+            error = error.__cause__ or error
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"cannot load {what}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def check_messages(messages: Any, where: str = "") -> list[Message]:
-    """Contents as text, also where they are lists of parts, and `weight` as 0 or 1 where a message or part has a flag.
+def from_json(value: Any) -> Any:
+    """Tables keep objects as JSON text. What is no JSON stays as it is."""
+    with contextlib.suppress(ValueError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
 
-    Raises a UserError for anything else, which begins with `where`.
+
+def check_function(value: Any, fields: str, where: str) -> dict[str, Any]:
+    """A tool, or a call of one, as {"type": "function", "function": {"name", ...}}; OpenAI's form is kept as it is."""
+    value = from_json(value)
+    if isinstance(value, dict) and "function" not in value:  # flat
+        outer = {key: value[key] for key in ("id", "type") if key in value}
+        value = {"type": "function", **outer, "function": without(value, *outer)}
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where} must be a list of objects with {fields}, not {shorten(repr(value))}")
+    return value
+
+
+def check_tools(tools: Any, where: str = "") -> list[dict[str, Any]]:
+    """The functions that a model may call. Raises a UserError, which begins with `where`."""
+    tools = from_json(tools)
+    if not isinstance(tools, list):
+        raise UserError(f"{where}tools must be a list, not {shorten(repr(tools))}")
+    return [check_function(tool, "name, description and parameters", f"{where}tools") for tool in tools]
+
+
+def check_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects."""
+    checked = []
+    for call in calls if isinstance(calls := from_json(calls), list) else [calls]:
+        call = check_function(call, "name and arguments", f"{where}tool_calls")
+        arguments = from_json(call["function"].get("arguments") or {})
+        if not isinstance(arguments, dict):
+            raise UserError(f"{where}the arguments of a tool call must be an object, not {shorten(repr(arguments))}")
+        checked.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return checked
+
+
+def check_messages(messages: Any, where: str = "") -> list[Message]:
+    """Contents as text, also where they are lists of parts; `weight` as 0 or 1 where a message or part has a flag.
+
+    An assistant's thinking and tool calls go by one name and form. Raises a UserError for anything else, which begins
+    with `where`.
     """
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}messages must be a list with at least one message")
     checked = []
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        role = OTHER_ROLES.get(role, role) if isinstance(role, str) else None
+        if role not in ROLES:
             raise UserError(f"{where}each message must be an object with content and a role of {', '.join(ROLES)}")
         # What is empty says nothing (a table fills its gaps with None), but templates may write something for it.
         message = {key: value for key, value in message.items() if value not in (None, [], {}, "") or key == "content"}
-        more = [key for key in message if key not in ("role", "content", "name", *FLAGS)]
-        if message["role"] == "assistant" and more:
-            raise UserError(f"{where}an assistant message has {', '.join(more)}: write it into content, or drop it")
+        message["role"] = role
+        extra: dict[str, Any] = {}  # what an assistant writes beside its content
+        if role == "assistant":
+            thoughts = [message.pop(name) for name in THINKING if name in message]
+            if not all(isinstance(thought, str) and thought == thoughts[0] for thought in thoughts):
+                raise UserError(f"{where}{' and '.join(THINKING)} must be one text")
+            calls = [message.pop(name) for name in ("tool_calls", "function_call") if name in message]
+            extra = {"reasoning_content": thoughts[0]} if thoughts else {}
+            extra |= {"tool_calls": check_calls(calls[0], where)} if calls else {}
+            if more := [key for key in message if key not in ("role", "content", "name", *FLAGS)]:
+                raise UserError(f"{where}an assistant message has {', '.join(more)}: write it into content, or drop it")
         parts: Any = message.get("content")
+        if parts is None and extra:
+            parts = ""
         parts = parts if isinstance(parts, list) else [{"text": parts}]
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
             raise UserError(f"{where}the content of each message must be text, or a list of text parts")
         flags: list[Any] = [item[flag] for item in (message, *parts) for flag in FLAGS if item.get(flag) is not None]
         if flags and not (flags[0] in (0, 1) and all(flag == flags[0] for flag in flags)):
             raise UserError(f"{where}{', '.join(FLAGS)} must be 0, 1, false or true, for a whole turn, not {flags}")
-        if message["role"] != "assistant" and flags and flags[0]:
-            raise UserError(f"{where}a message of the {message['role']} is to train: only the assistant's do")
+        if role != "assistant" and flags and flags[0]:
+            raise UserError(f"{where}a message of the {role} is to train: only the assistant's do")
         content = "".join(part["text"] for part in parts)
-        if any("\ud800" <= character <= "\udfff" for character in content):
-            raise UserError(f"{where}a text holds half of a surrogate pair: {shorten(ascii(content))}")
-        checked.append(message | {"content": content} | ({"weight": int(flags[0])} if flags else {}))
+        message |= {"content": content} | extra | ({"weight": int(flags[0])} if flags else {})
+        if re.search("[\ud800-\udfff]", json.dumps(message, ensure_ascii=False, default=str)):
+            raise UserError(f"{where}a text holds half of a surrogate pair: {shorten(ascii(message))}")
+        checked.append(message)
     return checked
 
 
@@ -98,10 +158,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def base_of(model: str) -> str:
+    """The model that a folder with a LoRA adapter stands on; any other model is its own."""
+    path = Path(BUNDLED.get(model, model))
+    if not (path / "adapter_config.json").exists():
+        return str(BUNDLED.get(model, model))
+    with loading(f"{path}/adapter_config.json"):
+        return json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
 def load_config(model: str) -> Any:
     """The configuration, with every dropout 0."""
     with loading(f"the model {model}"):
-        config = AutoConfig.from_pretrained(BUNDLED.get(model, model))
+        config = AutoConfig.from_pretrained(base_of(model))
     for part in (config, config.get_text_config()):
         for name in [name for name, value in vars(part).items() if "drop" in name and type(value) is float]:
             setattr(part, name, 0.0)
@@ -110,7 +179,7 @@ def load_config(model: str) -> Any:
 
 def load_generation_config(model: str, config: Any) -> GenerationConfig:
     """What the author wrote for generation, its stop tokens first of all; without such a file, the model's own."""
-    path = BUNDLED.get(model, model)
+    path = base_of(model)
     if (Path(path) / "generation_config.json").exists():
         with loading(f"{path}/generation_config.json"):
             return GenerationConfig.from_pretrained(path)
@@ -153,6 +222,7 @@ def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any
     template_args = getattr(tokenizer, "template_args", {}) | template_args
     if wants_parts(tokenizer, tokenizer.chat_template):
         messages = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    messages = [m | {name: m[THINKING[0]] for name in THINKING if THINKING[0] in m} for m in messages]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **template_args)
     except Exception as error:  # a template can fail in any way that Python can
@@ -160,46 +230,89 @@ def render(tokenizer: Any, messages: list[Message], template_args: dict[str, Any
         raise UserError(f"the chat template refuses the conversation: {reason}") from error
 
 
-def cache_key(tokenizer: Any, template_args: dict[str, Any]) -> tuple[Any, ...]:
-    return tokenizer, tokenizer.chat_template, len(tokenizer), json.dumps(template_args, default=str)
+def cache_key(tokenizer: Any, template_args: dict[str, Any], but: str = "") -> tuple[Any, ...]:
+    args = {name: value for name, value in template_args.items() if name != but}
+    return tokenizer, tokenizer.chat_template, len(tokenizer), json.dumps(args, default=str)
+
+
+def has_parts(message: Message) -> bool:
+    """Whether it is more than a text: what an assistant thought, or called."""
+    return "tool_calls" in message or THINKING[0] in message
+
+
+def without(message: Message, *keys: str) -> Message:
+    return {key: value for key, value in message.items() if key not in keys}
+
+
+def add_argument(call: dict[str, Any], value: str) -> dict[str, Any]:
+    """A tool call with one more argument, as object or JSON text, as it was."""
+    given = call["function"]["arguments"]
+    more: Any = from_json(given) | {"\u2983": value}
+    if isinstance(given, str):
+        more = json.dumps(more, ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": more}}
 
 
 @functools.lru_cache(maxsize=1024)
 def left_out(tokenizer: Any, _template: str, _size: int, template_args: str, shape: str, prompt: bool) -> list[str]:
-    """Roles whose messages the template drops from a conversation of that shape, but for the assistant's."""
-    messages = [message | {"content": f"\u2983{i}\u2984"} for i, message in enumerate(json.loads(shape))]
-    text = render(tokenizer, messages, json.loads(template_args), prompt)
-    return [m["role"] for m in messages if m["role"] != "assistant" and m["content"] not in text]
+    """What the template drops from a conversation of that shape, or garbles: messages, tools and their calls.
+
+    Of the assistant's messages only texts with calls count. The mark in a call has quotes: JSON within JSON garbles it.
+    """
+    args, messages, marks = json.loads(template_args), json.loads(shape), {}
+    for i, message in enumerate(messages):
+        message.setdefault("content", f"\u2983{i}\u2984")
+        if message["role"] != "assistant" or "tool_calls" in message:
+            marks[message["content"]] = f"the {message['role']} message"
+        for n, call in enumerate(message.get("tool_calls", [])):
+            mark = f"\u2983{i}'\"{n}\u2984"
+            marks[mark], message["tool_calls"][n] = f"a call of {call['function']['name']}", add_argument(call, mark)
+    for tool in args.get("tools") or []:
+        name = tool["function"]["name"]
+        tool["function"]["name"] = f"\u2983{name}\u2984"
+        marks[tool["function"]["name"]] = f"the tool {name}"
+    text = render(tokenizer, messages, args, prompt)
+    if "'\u2983': " in text:
+        raise UserError("the chat template writes the arguments of a call as Python does")
+    forms = {mark: (mark, repr(mark)[1:-1], json.dumps(mark, ensure_ascii=False)[1:-1]) for mark in marks}
+    return [what for mark, what in marks.items() if not any(form in text for form in forms[mark])]
 
 
-def check_context(tokenizer: Any, messages: list[Message], template_args: dict[str, Any], prompt: bool) -> None:
-    """Raises a UserError when the template drops a message: a system prompt, a tool's result."""
-    shape = json.dumps([{key: m[key] for key in m if key != "content"} for m in messages], default=str)  # all but texts
-    if lost := left_out(*cache_key(tokenizer, template_args), shape, prompt):
-        raise UserError(f"the chat template drops the {lost[0]} message of {', '.join(m['role'] for m in messages)}")
+def check_context(tokenizer: Any, messages: list[Message], args: dict[str, Any], prompt: bool) -> None:
+    """Raises a UserError when the template drops a message, a tool, or a tool call, or garbles one."""
+    # All but the texts that there are.
+    shape = [{key: value for key, value in m.items() if key != "content" or not value} for m in messages]
+    if lost := left_out(*cache_key(tokenizer, args), json.dumps(shape, default=str), prompt):
+        raise UserError(f"the chat template drops {lost[0]} of {', '.join(m['role'] for m in messages)}")
+
+
+def in_either_form(messages: list[Message], encode: Callable[[list[Message]], Any]) -> Any:
+    """What `encode` returns for the messages with arguments of tool calls as objects, or as JSON text.
+
+    Templates want one of them. Raises its UserError when both fail.
+    """
+    ways, failed = [messages], []
+    if any("tool_calls" in message for message in messages):
+        ways.append(copy.deepcopy(messages))
+        for call in [call for message in ways[1] for call in message.get("tool_calls", [])]:
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    for way in ways:
+        try:
+            return encode(way)
+        except UserError as error:
+            failed.append(error)
+    raise next((error for error in failed if "refuses" not in str(error)), failed[0])
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], **template_args: Any) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to write."""
-    messages = check_messages(messages)
-    check_context(tokenizer, messages, template_args, prompt=True)
-    text = render(tokenizer, messages, template_args, prompt=True)
-    # A BOS token is the template's to write.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+    def write(messages: list[Message]) -> str:
+        check_context(tokenizer, messages, template_args, prompt=True)
+        return render(tokenizer, messages, template_args, prompt=True)
 
-def encode_prompts(tokenizer: Any, dataset: Any, rows: Sequence[int], longest: int) -> dict[int, list[int]]:
-    """Row -> token ids of its prompt. Raises a UserError when one has more than `longest` tokens."""
-    prompts = {}
-    for row in rows:
-        try:
-            prompts[row] = encode_prompt(tokenizer, dataset[row].prompt)
-        except UserError as error:
-            raise UserError(f"row {row}: {error}") from None
-        if len(prompts[row]) > longest:
-            words = f"the prompt of row {row} has {len(prompts[row])} tokens"
-            raise UserError(f"{words}, and the context less --max-new-tokens leaves {longest}")
-    return prompts
+    text = in_either_form(check_messages(messages), write)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # a BOS token is the template's
 
 
 def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -210,24 +323,27 @@ def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     return min(len(one), len(other))
 
 
-def template_parts(tokenizer: Any, messages: list[Message], texts: dict[int, str], args: dict[str, Any]) -> list[str]:
-    """What the template itself writes before, between and after texts that stand in some messages, `texts`: by index.
+def template_parts(tokenizer: Any, messages: list[Message], texts: list[int], args: dict[str, Any]) -> list[str]:
+    """What the template itself writes before, between and after the texts of some messages, `texts`.
 
     "<user>2+2?<end><assistant>4<end>" has the parts "<user>2+2?<end><assistant>" and "<end>" around the answer.
     """
     hidden, sentinel = list(messages), "\u2983\u2984"
-    while any(sentinel in message["content"] for message in messages):
+    while sentinel in str(messages):
         sentinel += "\u2984"
-    for i, before in texts.items():
-        hidden[i] = messages[i] | {"content": before + sentinel}
+    for i in texts:
+        hidden[i] = messages[i] | {"content": sentinel}
     parts = render(tokenizer, hidden, args).split(sentinel)
     if len(parts) != len(texts) + 1 or "" in parts[:-1]:
         raise UserError(f"the chat template does not write each of {len(texts)} assistant turns once, after a header")
     return parts
 
 
-def find_texts(text: str, parts: list[str], answers: list[str]) -> list[tuple[int, int]]:
-    """Where the answers, trimmed or not, stand in a rendering that must be the parts with the answers between them."""
+def find_texts(
+    tokenizer: Any, messages: list[Message], texts: list[int], args: dict[str, Any], text: str
+) -> list[tuple[int, int]]:
+    """Where texts, trimmed or not, stand in a rendering that must be the template's parts with the texts between."""
+    parts, answers = template_parts(tokenizer, messages, texts, args), [messages[i]["content"] for i in texts]
     spans, position = [], 0
     for n, answer in enumerate(answers):
         before, after = parts[n], parts[n + 1]
@@ -248,62 +364,97 @@ def find_texts(text: str, parts: list[str], answers: list[str]) -> list[tuple[in
     return spans
 
 
-def reached_by_prompt(
-    tokenizer: Any, before: list[Message], args: dict[str, Any], text: str, first: int, differs: int, last: int
-) -> int | None:
-    """Where in a rendering, from `first` to `last`, generation begins after the messages `before`; None: nowhere.
+def find_prompt(text: str, prompt: str, context: str, differs: int) -> list[int]:
+    """Where in a rendering, `text`, generation begins after the prompt, which is written after the context; or [].
 
-    At `differs` the rendering becomes another one than without thinking.
+    At `differs` the text becomes another one than without thinking and calls, which generation begins up to there.
     """
-    prompt, context = (render(tokenizer, before, args, prompt=prompt) for prompt in (True, False))
-    if text.startswith(prompt) and len(prompt) <= last:
-        return len(prompt)
-    # What came before is rendered in another way now; or the prompt writes a block of thinking that is not this one.
-    header = prompt[shared_prefix(prompt, context) :]
+    # What came before may be rendered in another way, or the prompt write a block of thinking that is not this one.
+    header, start = prompt[shared_prefix(prompt, context) :], len(prompt) if text.startswith(prompt) else 0
     for words in (header, header.partition("<think>")[0]):
-        if words and (at := text.rfind(words, first, min(last, differs + len(words) - 1))) >= 0:
-            return at + len(words)
-    return None
+        if words and not start:
+            at = text.rfind(words, shared_prefix(text, context), differs + len(words) - 1)
+            start = at + len(words) if at >= 0 else 0
+    if not start:
+        return []
+    always = text[start:differs] if differs < len(text) else ""
+    return [start + len(always) - len(always.lstrip("\n"))]  # lines that end there in any case are the template's
+
+
+def find_turn(
+    tokenizer: Any, messages: list[Message], i: int, args: dict[str, Any], text: str, ends: "Ends"
+) -> tuple[int, int]:
+    """Where in a rendering the assistant's turn `messages[i]` stands, which calls tools or thinks.
+
+    Two other renderings can prove where it begins and ends: that of the messages up to there, with which the text must
+    begin, and that with a plain text in its place, around which the text must be the same. Where templates move what
+    comes before (Mistral's tools), a call must stand as it did at first, around what one more argument changes.
+    """
+    starts, stops, differs, message = [], [], len(text), messages[i]
+    upto = render(tokenizer, messages[: i + 1], args)
+    prompt, context = (render(tokenizer, messages[:i], args, prompt=prompt) for prompt in (True, False))
+    closed = max((match.end() for match in ends.special.finditer(upto)), default=len(upto))
+    if text.startswith(upto[:closed]) and not upto[closed:].strip():
+        stops.append(closed)
+    with contextlib.suppress(UserError):  # of a template that wants a call before a tool's result
+        plain = [*messages[:i], without(message, "tool_calls", THINKING[0]), *messages[i + 1 :]]
+        first, last = template_parts(tokenizer, plain, [i], args)
+        differs, at = shared_prefix(text, first), len(text) - len(last)
+        if differs == len(first):
+            starts.append(differs)  # after an empty block of thinking, which the template writes
+        # What it wrote stands there without the messages that follow, too: no result of a tool is in it.
+        if text.endswith(last) and text[differs:at] in upto:
+            stops.append(at + ends.find(text, at, is_last=i == len(messages) - 1))
+    starts += find_prompt(text, prompt, context, differs)
+    start, stop = max(starts, default=len(text)), stops[0] if len(set(stops)) == 1 else 0
+    calls, alone = message.get("tool_calls", []), upto[len(prompt) : closed]
+    if start >= stop and calls and upto.startswith(prompt):
+        other = message | {"tool_calls": [add_argument(call, "") for call in calls]}
+        inside = shared_prefix(text, render(tokenizer, [*messages[:i], other, *messages[i + 1 :]], args))
+        at = text.rfind(alone, 0, inside + len(alone))
+        if 0 <= at <= inside < at + len(alone):
+            start, stop = at, at + len(alone)
+    turn = sum(message["role"] == "assistant" for message in messages[: i + 1])
+    if start == len(text):
+        raise UserError(f"the generation prompt does not lead to the thinking of assistant turn {turn}, or its calls")
+    if start >= stop:
+        raise UserError(f"it is not certain where assistant turn {turn} begins and ends")
+    needed = [message["content"].rpartition("</think>")[2].strip(), *(call["function"]["name"] for call in calls)]
+    if missing := [words for words in needed if words not in text[start:stop]]:
+        raise UserError(f"the chat template does not write {shorten(repr(missing[0]))} in assistant turn {turn}")
+    return start, stop
 
 
 def find_turns(tokenizer: Any, messages: list[Message], template_args: dict[str, Any]) -> tuple[str, list]:
     """A rendered conversation, and the characters [start, end) of each assistant turn in it, with what closes it.
 
     A second rendering has a sentinel in place of each assistant text. With the texts put back, the first must come out:
-    that is the proof. Templates that rewrite thinking, or drop it from earlier turns, fail it; then only what follows
-    `</think>` is hidden. The thinking is kept where the template's part before the text is another one than without
-    thinking; there the turn begins with what of the thinking the generation prompt does not write.
+    that is the proof. Turns with thinking that fail it, and those with more than a text, get one of their own.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise UserError("a conversation without an assistant turn has nothing to train")
-    text, answers = render(tokenizer, messages, template_args), [messages[i]["content"] for i in turns]
-    parts = template_parts(tokenizer, messages, dict.fromkeys(turns, ""), template_args)
+    text = render(tokenizer, messages, template_args)
+    for i in [i for i in turns if THINKING[0] in messages[i]]:
+        # Thinking that the template drops is no part of what comes before later turns.
+        other = [*messages[:i], without(messages[i], THINKING[0]), *messages[i + 1 :]]
+        messages = other if render(tokenizer, other, template_args) == text else messages
+    texts = [i for i in turns if not has_parts(messages[i])]
     try:
-        spans = find_texts(text, parts, answers)
+        spans = find_texts(tokenizer, messages, texts, template_args, text)
     except UserError:
-        cut = [answer.rpartition("</think>") for answer in answers]
-        if not any(mark for _, mark, _ in cut):
+        if not any("</think>" in messages[i]["content"] for i in texts):
             raise
-        thinking = {i: thought + mark for i, (thought, mark, _) in zip(turns, cut, strict=True)}
-        with_thinking = template_parts(tokenizer, messages, thinking, template_args)
-        spans = find_texts(text, with_thinking, [answer for *_, answer in cut])
-        for n, i in enumerate(turns):
-            if with_thinking[n] != parts[n]:
-                start, end = spans[n]
-                first = start - len(with_thinking[n])
-                differs = first + shared_prefix(with_thinking[n], parts[n])
-                begin = reached_by_prompt(tokenizer, messages[:i], template_args, text, first, differs, start)
-                if begin is None:
-                    words = f"the generation prompt does not lead to the thinking of assistant turn {n + 1}"
-                    raise UserError(words) from None
-                # Where both have the tag, without thinking stands an empty block.
-                tag = text.rfind("<think>", begin, differs + len("<think>"))
-                opens = tag >= 0 and "</think>" not in text[tag:differs]
-                spans[n] = max(tag if opens else differs, begin), end
-    ends = ends_of_turns(*cache_key(tokenizer, template_args))
-    for n, (start, end) in enumerate(spans):
-        spans[n] = start, end + ends.find(text, end, is_last=turns[n] == len(messages) - 1)
+        texts = [i for i in texts if "</think>" not in messages[i]["content"]]
+        spans = find_texts(tokenizer, messages, texts, template_args, text)
+    ends, found = ends_of_turns(*cache_key(tokenizer, template_args, but="tools")), {}
+    for i, (start, end) in zip(texts, spans, strict=True):
+        found[i] = start, end + ends.find(text, end, is_last=i == len(messages) - 1)
+    for i in set(turns) - set(texts):
+        found[i] = find_turn(tokenizer, messages, i, template_args, text, ends)
+    spans = [found[i] for i in turns]
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise UserError("it is not certain where one assistant turn ends and the next begins")
     return text, spans
 
 
@@ -387,9 +538,14 @@ def encode_chat(tokenizer: Any, messages: list[Message], **template_args: Any) -
     A turn whose message has `weight` 0 does not train. A token belongs to the turn that its last character does.
     Raises a UserError when it can't be proven what trains, or when the template drops a message.
     """
+
+    def find(messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        found = find_turns(tokenizer, messages, template_args)
+        check_context(tokenizer, messages, template_args, prompt=False)
+        return found
+
     messages = check_messages(messages)
-    text, spans = find_turns(tokenizer, messages, template_args)
-    check_context(tokenizer, messages, template_args, prompt=False)
+    text, spans = in_either_form(messages, find)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     special = added_tokens(tokenizer, len(tokenizer))[0]
     ends = []  # of each token
