@@ -5,26 +5,28 @@ what supervised fine-tuning imitates. A dataset is anything with `len` and `[]` 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
 import itertools
-import json
 import math
 import random
 import re
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from chat import Message, UserError, check_messages, loading, shorten
+from chat import Message, UserError, check_messages, check_tools, from_json, has_parts, loading, shorten
+from grading import MATH_WORKER, after_thinking, as_text, last_boxed, parse_number, same_answer
+from tables import LOOK, Rows, load_files, row_of, undecoded, without_none
 
 BOXED = r"Put the final answer in \boxed{}."  # the one sentence that asks for the form the grader reads
 
@@ -34,7 +36,8 @@ class EnvBase:
     """One task. Subclass it and write `get_reward` to bring your own."""
 
     prompt: list[Message]  # chat messages: {"role": ..., "content": ...}
-    answer: str | int | float | None = None
+    answer: Any = None  # text, a number, or the assistant's message to imitate
+    template_args: dict[str, Any] = field(default_factory=dict, kw_only=True)  # of the chat template: tools, ...
 
     def __post_init__(self) -> None:
         number: Any = self.answer
@@ -46,11 +49,11 @@ class EnvBase:
         """Score of a completion (its text, without the stop token). At least 1.0 counts as solved."""
         raise NotImplementedError(f"{type(self).__name__} has no get_reward")
 
-    def get_target(self) -> str:
-        """The assistant turn that supervised fine-tuning trains."""
+    def get_target(self) -> str | Message:
+        """The assistant turn that supervised fine-tuning trains: its text, or a message."""
         if self.answer is None:
             raise UserError("this environment has no answer to imitate: give it one, or write its get_target")
-        return as_text(self.answer)
+        return self.answer if isinstance(self.answer, dict) else as_text(self.answer)
 
 
 def score(env: EnvBase, text: str) -> float:
@@ -70,20 +73,25 @@ def score(env: EnvBase, text: str) -> float:
     raise UserError(f"{name} gave {shorten(repr(reward))} {where}: it must be a finite number")
 
 
-def rows_without_reward(dataset: Any) -> list[int]:
-    return [i for i in range(len(dataset)) if type(dataset[i]).get_reward is EnvBase.get_reward]
+def has_reward(env: EnvBase) -> bool:
+    return type(env).get_reward is not EnvBase.get_reward
+
+
+def some_rewards(dataset: Any) -> bool:
+    """Whether one of the rows that are looked at has a reward."""
+    return any(has_reward(dataset[i]) for i in range(min(len(dataset), LOOK)))
 
 
 def require_rewards(dataset: Any) -> None:
-    if bare := rows_without_reward(dataset):
-        raise UserError(f"row {bare[0]} has no reward: give the row an answer, or its environment a get_reward")
+    if len(dataset) and not some_rewards(dataset):
+        raise UserError("row 0 has no reward: give the row an answer, or its environment a get_reward")
 
 
 @dataclass
 class MathEnv(EnvBase):
-    r"""1.0 for the right answer in the last `\boxed{}`, 0.1 for a wrong one in it, 0.0 for no box or an empty one."""
+    r"""1.0 for the right answer in the last `\boxed{}` after the thinking, 0.1 for a wrong one, 0.0 for none there."""
 
-    target: str | None = None  # a worked answer; None: the boxed answer alone
+    target: str | Message | None = None  # a worked answer; None: the boxed answer alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,86 +101,28 @@ class MathEnv(EnvBase):
             solution, _, self.answer = (part.strip() for part in self.answer.rpartition("####"))
             worked = re.sub(r"<<.*?>>", "", solution)  # GSM8K's notes of a calculator
             self.target = self.target or f"{worked}\n\\boxed{{{self.answer}}}"
+        if isinstance(self.answer, str) and (boxed := last_boxed(self.answer)):  # a worked solution
+            self.answer, self.target = boxed, self.target or self.answer
 
     def get_reward(self, completion: str) -> float:
-        candidate = last_boxed(completion)
+        candidate = last_boxed(after_thinking(completion))
         if not (candidate and candidate.strip()):  # prompts say \boxed{}: an echo of that is no answer
             return 0.0
         return 1.0 if same_answer(candidate, as_text(self.answer)) else 0.1
 
-    def get_target(self) -> str:
+    def get_target(self) -> str | Message:
         return self.target if self.target is not None else f"\\boxed{{{as_text(self.answer)}}}"
 
 
-# Grading: parsed, never evaluated, in time linear in the length of the text
-
-BRACES = re.compile(r"\\boxed\s*\{|\\.|\{|\}", re.DOTALL)
-DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-NUMBER = re.compile(rf"([+-]?)\s*({DECIMAL})(?:[eE]([+-]?\d{{1,3}})|\s*/\s*({DECIMAL}))?\s*%?\.?", re.ASCII)
-LATEX_FRACTION = re.compile(r"([+-]?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}")
-UNIT = re.compile(r"\\(?:text|mathrm|mathbf)\s*\{[^{}\d]*\}(\^\{?\d\}?)?")
-DRESS = [("\u2212", "-"), (r"\%", "%"), ("{,}", ","), (r"\dfrac", r"\frac"), (r"\tfrac", r"\frac")]
-DRESS += [(r"\$", ""), ("$", ""), (r"\!", ""), (r"\,", " "), (r"\ ", " ")]
-MAX_ANSWER_CHARS = 200  # int() of a long digit string takes quadratic time; no real answer is longer
-
-
-def as_text(answer: Any) -> str:
-    """A float with all its digits, as people write it: 0.00001, which `str` makes 1e-05."""
-    return format(Decimal(str(answer)), "f") if isinstance(answer, float) else str(answer)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Contents of the `\boxed{...}` that starts last and whose braces balance; None if there is none."""
-    stack: list[tuple[bool, int]] = []  # (is a box, where its contents start) of the braces still open
-    last = None
-    for match in BRACES.finditer(text):
-        token = match.group()
-        if token == "}":
-            if stack:
-                is_box, start = stack.pop()
-                if is_box and (last is None or start > last[0]):
-                    last = (start, match.start())
-        elif token[-1] == "{" and token != r"\{":
-            stack.append((token != "{", match.end()))
-    return None if last is None else text[last[0] : last[1]]
-
-
-def plain(answer: str) -> str:
-    r"""An answer without its LaTeX dress: `$`, `\$`, `\text{...}`, thin spaces, outer braces, the typographic minus."""
-    answer = LATEX_TEXT.sub(r"\1", answer)
-    for old, new in DRESS:
-        answer = answer.replace(old, new)
-    braces = re.fullmatch(r"\s*\{([^{}]*)\}\s*", answer)
-    return (braces[1] if braces else answer).strip()
-
-
-def parse_number(answer: str) -> Fraction | None:
-    r"""Exact value of `72`, `72.`, `1,000`, `3/4`, `0.75`, `\frac{3}{4}`, `$72`; None if it is not one plain number."""
-    if len(answer) > MAX_ANSWER_CHARS:
-        return None
-    answer = plain(UNIT.sub("", answer))
-    if fraction := LATEX_FRACTION.fullmatch(answer):  # fullmatch: 1\frac{1}{2} must not become 11/2
-        answer = f"{fraction[1]}{fraction[2].strip()}/{fraction[3].strip()}"
-    match = NUMBER.fullmatch(answer)
-    if match is None:
-        return None
-    numerator, denominator = (Fraction(digits.replace(",", "")) for digits in (match[2], match[4] or "1"))
-    if denominator == 0:
-        return None
-    return numerator / denominator * Fraction(10) ** int(match[3] or 0) * (-1 if match[1] == "-" else 1)
-
-
-def same_answer(candidate: str, answer: str) -> bool:
-    """Equal as exact numbers if the reference answer is a number, else equal as text."""
-    number = parse_number(answer)
-    if number is not None:
-        return parse_number(candidate) == number
-    return "".join(plain(candidate).split()) == "".join(plain(answer).split())
+def grader_note(dataset: Any) -> str:
+    """A line for the start of a run that has answers in LaTeX, or others that are no numbers, but no Math-Verify."""
+    envs = (dataset[i] for i in range(min(LOOK, len(dataset))))
+    text = any(isinstance(env, MathEnv) and parse_number(as_text(env.answer)) is None for env in envs)
+    note = "answers that are no numbers are compared as text: pip install math-verify compares them as mathematics"
+    return note if text and not MATH_WORKER.ask("x", "x") else ""
 
 
 OPERANDS = {"add": "+", "sub": "-", "mult": "*", "div": "/"}
-EVAL_FRACTION = 5  # one problem in five belongs to the evaluation split
 
 
 class MathDataset(torch.utils.data.Dataset):
@@ -204,12 +154,11 @@ class MathDataset(torch.utils.data.Dataset):
         # A sample of a range needs no memory for the range. Only one pair in five is an eval problem: draw with room.
         pairs = random.Random(seed).sample(range(width**2), min(width**2, 10 * num_samples + 200))
         self.envs: list[MathEnv] = []
-        for pair in pairs:
-            a, b = min_val + pair // width, min_val + pair % width
-            if is_eval_problem(a, b, operand) == (split == "eval") and not (operand == "div" and b == 0):
+        for a, b in ((min_val + pair // width, min_val + pair % width) for pair in pairs):
+            problem = f"{min(a, b)} {max(a, b)}" if operand in ("add", "mult") else f"{a} {b}"
+            own = is_held_out(problem) == (split == "eval") and not (operand == "div" and b == 0)
+            if own and len(self.envs) < num_samples:
                 self.envs.append(math_problem(a, b, operand))
-                if len(self.envs) == num_samples:
-                    break
         if not self.envs:
             raise UserError(f"no {operand} problem of the {split} split from {min_val} to {max_val}: widen the range")
 
@@ -220,15 +169,8 @@ class MathDataset(torch.utils.data.Dataset):
         return self.envs[index]
 
 
-def is_eval_problem(a: int, b: int, operand: str) -> bool:
-    if operand in ("add", "mult"):
-        a, b = min(a, b), max(a, b)
-    return is_held_out(f"{a} {b}")
-
-
 def is_held_out(problem: str) -> bool:
-    digest = hashlib.sha256(problem.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % EVAL_FRACTION == 0
+    return int.from_bytes(hashlib.sha256(problem.encode()).digest()[:8], "big") % 5 == 0  # one in five
 
 
 def math_problem(a: int, b: int, operand: str) -> MathEnv:
@@ -238,115 +180,204 @@ def math_problem(a: int, b: int, operand: str) -> MathEnv:
     return MathEnv(prompt, str(answer), target=f"{problem} = \\boxed{{{answer}}}")
 
 
-def load_dataset(
-    name: str, split: str = "train", *, num_samples: int | None = None, seed: int = 0, **ranges: int | str | None
-) -> Any:
-    """A sequence of `EnvBase` by name: `math`, `gsm8k`, a `.jsonl` path, `file.py:function`, `reasoning_gym:NAME`, a
-    hub id (`id:config` names a configuration) or a local folder that `datasets` can read.
+# Datasets by name
 
-    `split` is train or eval; None comes back where there is no eval split, as in files. `num_samples` keeps the first
-    rows (`math`, `reasoning_gym`: that many are made). `ranges`: min_val, max_val, operand of `math`.
+
+def load_dataset(
+    name: str,
+    split: str = "train",
+    *,
+    part: str | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    **ranges: int | str | None,
+) -> Any:
+    """A sequence of `EnvBase` by name: `math`, `gsm8k`, files (.jsonl, .json, .csv, .parquet, or a pattern of them),
+    `file.py:function`, `reasoning_gym:NAME`, a hub id (`id:config` names a configuration), a local folder that
+    `datasets` can read, or several with their weights: `a.jsonl:0.7,b.parquet:0.3`.
+
+    `split` is train or eval; None comes back where there is no eval split, as in files; own: eval, but all of a file.
+    `part` names one as `datasets` does: `train[:1000]`. `num_samples` keeps the first rows (`math`, `reasoning_gym`:
+    that many are made). `ranges`: min_val, max_val, operand of `math`.
     Raises a UserError for what is missing, malformed or empty, in one line that says where.
     """
     given: dict[str, Any] = {key: value for key, value in ranges.items() if value is not None}
+    if given and name != "math":
+        raise UserError(f"--min-val, --max-val and --operand are for --dataset math alone, not for {name}")
+    if part and (name == "math" or name.startswith("reasoning_gym:")):
+        raise UserError(f"{part} is no split of {name}, which makes its own")
     if name == "math":
+        split = "eval" if split == "own" else split
         size = {} if num_samples is None else {"num_samples": num_samples}
         return MathDataset(**given, **size, seed=seed, split=split)
-    if given:
-        raise UserError(f"--min-val, --max-val and --operand are for --dataset math alone, not for {name}")
-    if split == "eval" and is_file(name):
+    weighted = [re.fullmatch(r"\s*(.+):(\d*\.?\d+)\s*", piece) for piece in name.split(",")]
+    if len(weighted) > 1 and all(weighted):
+        names, weights = zip(*(match.groups() for match in weighted if match), strict=True)
+        parts = [load_dataset(each, split, part=part, seed=seed) for each in names]
+        if None in parts:
+            return None
+        mixed = mix(parts, [float(weight) for weight in weights])
+        return mixed if num_samples is None else subset(mixed, np.arange(min(num_samples, len(mixed))))
+    if split == "own":
+        split = "train" if is_file(name) else "eval"
+    elif split == "eval" and part is None and is_file(name):
         return None
-    if name.endswith(".jsonl"):
-        envs = load_jsonl(Path(name))
-    elif ".py:" in name:
-        envs = load_python(name)
+    wanted, read = ["train"] if split == "train" else ["test", "validation"], None
+    if ".py:" in name:
+        splits = {"train": load_python(name)}
+    elif is_file(name):
+        splits = {"train": load_files(name, row_to_env)}
     elif name.startswith("reasoning_gym:"):
-        envs = load_reasoning_gym(name.removeprefix("reasoning_gym:"), split, num_samples or 200, seed)
+        splits = {wanted[0]: load_reasoning_gym(name.removeprefix("reasoning_gym:"), split, num_samples or 200, seed)}
     else:
-        envs = load_hub("openai/gsm8k:main" if name == "gsm8k" else name, split)
-    if envs is not None and not len(envs):
+        splits, read = load_hub("openai/gsm8k:main" if name == "gsm8k" else name)
+    if part:
+        wanted = [part.partition("[")[0]]
+    found = next((each for each in wanted if each in splits), None)
+    if found is None and part is None and split == "eval":
+        return None
+    if found is None:
+        raise UserError(f"{name} has no split {wanted[0]}, only {', '.join(map(str, splits))}")
+    envs: Any = splits[found]
+    if read:
+        envs = Rows(envs, row_to_env, functools.partial(row_of, f"{name} {found}"), read)
+    rows = np.arange(len(envs))
+    if part and "[" in part:
+        import datasets  # here, not above: a second of start-up that most runs do not need
+
+        with loading(f"the split {part}"):
+            pieces = datasets.ReadInstruction.from_spec(part).to_absolute({found: len(envs)})
+            rows = np.concatenate([rows[piece.from_ : piece.to] for piece in pieces])
+    rows = rows[:num_samples]
+    if not len(rows):
         raise UserError(f"{name}: no rows")
-    return envs if envs is None or num_samples is None else [envs[i] for i in range(min(num_samples, len(envs)))]
+    return envs if len(rows) == len(envs) else subset(envs, rows)
+
+
+def subset(dataset: Any, rows: Any) -> Any:
+    return torch.utils.data.Subset(dataset, rows)
 
 
 def is_file(name: str) -> bool:
-    """Whether the dataset is a file of the user's: it has one split."""
+    """Whether the dataset is a file of the user's, or several: it has one split."""
     return name.endswith((".jsonl", ".json", ".csv", ".parquet")) or ".py:" in name
+
+
+def mix(parts: list[Any], weights: list[float]) -> Any:
+    """Several datasets as one. Each is in it whole, and more than once where its weight asks for more rows."""
+    if min(weights) <= 0 or sum(weights) > 1e6 * min(weights):
+        raise UserError(f"weights of datasets must be above 0, and not a million times another: {weights}")
+    size = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    counts = [max(round(size * weight), len(part)) for part, weight in zip(parts, weights, strict=True)]
+    repeated = [subset(part, np.arange(n) % len(part)) for part, n in zip(parts, counts, strict=True)]
+    return torch.utils.data.ConcatDataset(repeated)
 
 
 def as_environments(dataset: Any, where: str) -> Any:
     """A sequence of environments as it is, rows as environments. Raises a UserError for anything else."""
-    kinds, rows = set(), []
-    with contextlib.suppress(Exception):  # of what is no sequence
-        rows = [dataset[i] for i in range(len(dataset))]
-        kinds = {next((kind for kind in (dict, EnvBase) if isinstance(row, kind)), None) for row in rows}
+    kinds: Any = set()
+    try:
+        first = [dataset[i] for i in range(min(len(dataset), LOOK))]
+        kinds = {next((kind for kind in (dict, EnvBase) if isinstance(row, kind)), None) for row in first}
+    except UserError:
+        raise
+    except Exception:  # it is no sequence
+        kinds = set()
     if kinds not in ({dict}, {EnvBase}):
         raise UserError(f"{where} must be a sequence of at least one EnvBase, or of rows")
-    return dataset if kinds == {EnvBase} else [row_to_env(row, f"{where}, row {i}") for i, row in enumerate(rows)]
+    read = without_none if hasattr(dataset, "features") else None  # Arrow fills gaps, also in what it is given
+    return dataset if kinds == {EnvBase} else Rows(dataset, row_to_env, functools.partial(row_of, where), read)
 
 
-def load_jsonl(path: Path) -> list[EnvBase]:
-    if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
-    envs = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-                json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
-            except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
-                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
-            envs.append(row_to_env(row, f"{path}:{number}"))
-    return envs
+SHARE_GPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 
 
-def row_to_env(row: Any, where: str) -> EnvBase:
-    """One row with `messages`, or a prompt (`prompt` or `question`) with `answer` (graded) or `target` (imitated)."""
+def from_share_gpt(message: Any) -> Any:
+    """{"from", "value"} as {"role", "content"}."""
+    if not isinstance(message, dict) or not isinstance(message.get("from"), str):
+        return message
+    sender, key = message["from"], "tool_calls" if message["from"] == "function_call" else "content"
+    more = {name: value for name, value in message.items() if name not in ("from", "value")}
+    return more | {"role": SHARE_GPT.get(sender, sender), key: message.get("value")}
+
+
+def row_to_env(row: Any, unread: set[str] | None = None) -> EnvBase:
+    """The environment of a row: a conversation, or a prompt with what is graded, imitated, or both.
+
+    `unread` gets the names of columns that nothing reads. Raises a UserError for what is malformed.
+    """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be an object with messages, or prompt and answer")
-    row = {name: value for name, value in row.items() if value is not None}  # a table fills its gaps with None
-    answer, target = row.get("answer"), row.get("target", row.get("completion"))
-    prompt = row.get("messages", row.get("prompt", row.get("question")))
+        raise UserError("a row must be an object with messages, or prompt and answer")
+    row, columns = {name: value for name, value in row.items() if value is not None}, list(row)
+
+    def take(*names: str) -> Any:
+        return next((row.pop(name) for name in names if name in row), None)
+
+    messages = from_json(take("messages", "conversations"))
+    if isinstance(messages, str):
+        raise UserError(f"messages must be a list, not {shorten(messages)!r}")
+    prompt = take("prompt", "question", "problem", "instruction", "input") if messages is None else messages
+    system, tools, template_args = take("system"), take("tools"), from_json(take("chat_template_kwargs") or {})
+    if not isinstance(template_args, dict) or template_args.keys() & {"messages", "conversation", "tokenize"}:
+        raise UserError(f"chat_template_kwargs must be an object of arguments, not {template_args!r}")
+    tools = tools or template_args.pop("tools", None)
     if prompt is None:
-        share_gpt = ": rename it to messages, from to role (human: user, gpt: assistant) and value to content"
-        raise UserError(f"{where}: neither messages nor prompt in {list(row)}" + share_gpt * ("conversations" in row))
+        raise UserError(f"neither messages nor prompt, question, problem or instruction in {columns}")
+    listed = from_json(prompt)  # a table may keep messages as JSON text
+    if isinstance(listed, list) and all(isinstance(message, dict) for message in listed):
+        prompt = listed
     if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    prompt = check_messages(prompt, f"{where}: ")
-    if "messages" in row and (answer is None or prompt[-1]["role"] == "assistant"):
-        prompt = [m | {"weight": m.get("weight", 1)} if m["role"] == "assistant" else m for m in prompt]
+        more = take("input", "context")  # of an instruction
+        prompt = [{"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}]
+    if isinstance(prompt, list):
+        prompt = [from_share_gpt(message) for message in prompt]
+    prompt = check_messages([{"role": "system", "content": system}, *prompt] if system else prompt)
+    answer = from_json(row.pop("reward_model")) if "reward_model" in row else take("answer", "ground_truth", "solution")
+    given = answer is not None
+    if isinstance(answer, dict):
+        answer = answer.get("ground_truth")
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    if given and answer in (None, ""):
+        raise UserError("the answer is empty")
+    target = take("target", "completion", "response", "output", "solution")
+    if unread is not None:
+        unread.update(row)
+    if isinstance(target, list):  # messages; of the prompt's nothing trains
+        prompt = [{"weight": 0} | message if message["role"] == "assistant" else message for message in prompt]
+        messages = prompt = prompt + check_messages(target)
+    if messages and (answer is None or prompt[-1]["role"] == "assistant"):
+        prompt = [{"weight": 1} | message if message["role"] == "assistant" else message for message in prompt]
         while prompt and not prompt[-1].get("weight"):  # nothing after the last turn that trains
             prompt.pop()
         if not prompt:
-            raise UserError(f"{where}: messages has no assistant turn that trains")
-        target = prompt.pop()["content"]
-    if target is not None and not isinstance(target, str):
-        raise UserError(f"{where}: target must be text, not {target!r}")
-    try:
-        return EnvBase(prompt, target) if answer is None else MathEnv(prompt, answer, target)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+            raise UserError("messages has no assistant turn that trains")
+        target = prompt.pop()
+        target = target if has_parts(target) else target["content"]
+    if not isinstance(target, (str, dict, type(None))):
+        raise UserError(f"target must be text, not {target!r}")
+    template_args |= {"tools": check_tools(tools)} if tools else {}
+    if answer is None:
+        return EnvBase(prompt, target, template_args=template_args)
+    return MathEnv(prompt, answer, target, template_args=template_args)
 
 
-def load_hub(name: str, split: str) -> list[EnvBase] | None:
-    import datasets  # here, not above: a second of start-up that most runs do not need
+def load_hub(name: str) -> tuple[dict[str, Any], Any]:
+    """The splits of a dataset of the hub, or of a folder, as tables; and what makes a row of one of theirs."""
+    import datasets
 
     path, _, config = name.partition(":")
     hint = " (a file is file.py:function, or file.jsonl)" if path.endswith(".py") else ""
     with loading(f"dataset {name}{hint}"):
-        if is_file(path):
-            splits: Any = datasets.load_dataset(Path(path).suffix[1:], data_files=path)
-        else:
-            splits = datasets.load_dataset(path, config or None)
-    found = next((s for s in (["train"] if split == "train" else ["test", "validation"]) if s in splits), None)
-    if found is None and split == "eval":
-        return None
-    if found is None:
-        raise UserError(f"{name} has no train split, only {', '.join(map(str, splits))}")
-    rows: Any = splits[found]
-    if path == "openai/gsm8k":
-        rows = [{"prompt": f"{row['question']} {BOXED}", "answer": row["answer"]} for row in rows]
-    return [row_to_env(row, f"{name} {found} row {i}") for i, row in enumerate(rows)]
+        saved = any((Path(path) / file).exists() for file in ("dataset_info.json", "dataset_dict.json"))
+        splits: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config or None)
+    splits = splits if isinstance(splits, dict) else {"train": splits}
+    splits = {split: undecoded(table) for split, table in splits.items()}
+    return splits, gsm8k_row if path == "openai/gsm8k" else without_none
+
+
+def gsm8k_row(row: dict[str, str]) -> dict[str, str]:
+    return {"prompt": f"{row['question']} {BOXED}", "answer": row["answer"]}
 
 
 def load_python(name: str) -> Any:

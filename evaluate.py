@@ -28,7 +28,6 @@ from rich.table import Table
 import chat
 import common
 import envs
-from envs import UserError
 
 BLOCK = 128  # problems that are scored and written at a time
 PART = "results.part.jsonl"  # becomes results.jsonl when it is whole
@@ -41,8 +40,6 @@ class Args:
     """hub id, folder (such as a run's final or step_100), or a bundled model: tiny, tiny-teacher"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """of the weights and the forward pass. auto: bf16 on a GPU that has it"""
-    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """of packed batches, as in the trainers; here only eager makes a difference"""
     chat_template: str | None = None
     """a Jinja file to use in place of the model's own chat template"""
     chat_template_args: str = "{}"
@@ -50,7 +47,9 @@ class Args:
 
     # Data: the evaluation split of a dataset, or the rows of a file
     dataset: str = "math"
-    """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
+    """math, gsm8k, a file (.jsonl .json .csv .parquet), a hub id (id:config), reasoning_gym:NAME, file.py:function"""
+    split: str | None = None
+    """a split or a part of one, such as 'test[:100]'; None: test, else validation, of a file all"""
     num_samples: int = 512
     """at most this many problems, the same ones as the trainers' --eval-samples"""
     min_val: int | None = None
@@ -65,6 +64,8 @@ class Args:
     """completions per problem"""
     temperature: float = 0.0
     """0: greedy"""
+    max_prompt_length: int | None = None
+    """drop problems with more tokens; None: with more than the context and --max-new-tokens leave"""
     max_new_tokens: int = 256
     """longest completion"""
     engine: Literal["hf", "vllm"] = "hf"
@@ -124,10 +125,9 @@ def load_solved_share(path: str, prompts: list[Any]) -> np.ndarray:
         theirs = [record["prompt"] for record in records if record["sample"] == 0]
         solved = solved_share(records, len(records) // max(len(theirs), 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--compare {path}: not the results.jsonl of an evaluation ({error})") from None
+        raise chat.UserError(f"--compare {path}: not the results.jsonl of an evaluation ({error})") from None
     if theirs != prompts:
-        words = f"its {len(theirs)} problems are not the {len(prompts)} of this evaluation"
-        raise UserError(f"--compare {path}: {words}: use the same dataset flags and --seed")
+        raise chat.UserError(f"--compare {path}: other problems: give the same dataset flags and --seed")
     return solved
 
 
@@ -156,7 +156,7 @@ def open_folder(args: Args, data: str) -> tuple[Path, list[dict[str, Any]]]:
         common.cut_back(folder / PART)
         records = [json.loads(line) for line in (folder / PART).read_text().splitlines()]
     elif any(folder.iterdir()):
-        raise UserError(f"{folder} holds other results already: choose another --output-dir")
+        raise chat.UserError(f"{folder} holds other results already: choose another --output-dir")
     if records:
         common.check_same_flags(folder, asked)
     records = records[: len(records) // args.num_completions * args.num_completions]  # whole problems
@@ -169,31 +169,31 @@ def main(args: Args, dataset: Any = None) -> None:
     args = common.check_args(args, temperature=common.FINITE)
     accelerator = common.join_processes()
     if args.num_completions > 1 and args.temperature == 0:
-        raise UserError("--num-completions above 1 needs --temperature above 0: greedy completions are all the same")
+        raise chat.UserError("--num-completions above 1 needs --temperature above 0: greedy ones are all the same")
     if dataset is None:
-        split = "train" if envs.is_file(args.dataset) else "eval"
-        ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
-        dataset = envs.load_dataset(args.dataset, split, num_samples=args.num_samples, seed=args.seed, **ranges)
+        given = {flag: getattr(args, flag) for flag in ("num_samples", "seed", "min_val", "max_val", "operand")}
+        dataset = envs.load_dataset(args.dataset, "own", part=args.split, **given)
         if dataset is None:
-            raise UserError(f"{args.dataset} has neither a test nor a validation split")
+            raise chat.UserError(f"{args.dataset} has neither a test nor a validation split")
     dataset = envs.as_environments(dataset, "dataset")
-    prompts = [dataset[i].prompt for i in range(len(dataset))]
-    before = None if args.compare is None else load_solved_share(args.compare, prompts)
     envs.require_rewards(dataset)
+    tokenizer = chat.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
+    config = chat.load_config(args.model)
+    prompts = common.encode_prompts(dataset, tokenizer, chat.context_length(config), args)
+    dataset = [dataset[row] for row in prompts.look(len(dataset))]
+    before = None if args.compare is None else load_solved_share(args.compare, [env.prompt for env in dataset])
     folder, records = common.on_main_process(accelerator, open_folder, args, common.digest_of(dataset))
 
     # Load the model
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True, markup=False)
     dtype, pass_tokens = common.pick_compute(args, accelerator.device)
-    tokenizer = chat.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
-    config = chat.load_config(args.model)
     for line in chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config)):
         console.print(line)
     if args.engine == "vllm":
         engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args)
     else:
-        model = common.load_model(args.model, accelerator.device, args.attn, dtype)
-        lm = common.ChunkedLM(model, dtype, chat.vocab_size(tokenizer), args.attn)
+        model = common.load_model(args.model, accelerator.device, dtype=dtype)
+        lm = common.ChunkedLM(model, dtype, chat.vocab_size(tokenizer))
         engine = common.HFEngine(lm, tokenizer, pass_tokens)
     console.print(f"model      {args.model}, {dtype}, engine {engine.name}, {accelerator.num_processes} process(es)")
 
@@ -203,6 +203,7 @@ def main(args: Args, dataset: Any = None) -> None:
     evaluator = common.Evaluator(engine, tokenizer, dataset, *sampling)
     done = len(records) // args.num_completions
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions}, {done} done before")
+    console.print(prompts.report() or "no prompt is too long", envs.grader_note(dataset))
     for first in range(done, len(dataset), BLOCK):
         block = evaluator.evaluate(range(first, min(first + BLOCK, len(dataset))))[1]
         records, sampled = records + block, sampled + sum(record["tokens"] for record in block)
@@ -212,15 +213,17 @@ def main(args: Args, dataset: Any = None) -> None:
     seconds = time.perf_counter() - started
 
     # Report
+    if not accelerator.is_main_process:
+        return
     metrics = summarize(records, args.num_completions)
+    metrics |= {"time/rollout": seconds, "perf/tokens_per_second": sampled / seconds}
     if before is not None:
         differences = solved_share(records, args.num_completions) - before  # (P,)
         low, high = bootstrap_interval(differences, args.seed)
         metrics |= {"compare/accuracy": float(before.mean()), "compare/difference": float(differences.mean())}
         metrics |= {"compare/difference_low": low, "compare/difference_high": high}
-    metrics |= {"time/rollout": seconds, "perf/tokens_per_second": sampled / seconds}
-    if not accelerator.is_main_process:
-        return
+        words = f"accuracy {before.mean():.3f} -> {metrics['eval/accuracy']:.3f}, difference {differences.mean():+.3f}"
+        console.print(f"compared   {words} (95% interval {low:+.3f} to {high:+.3f})", style="bold")
     os.replace(folder / PART, folder / "results.jsonl")
     about = vars(args) | {"problems": len(dataset), "engine_version": engine.name}
     about |= {"num_processes": accelerator.num_processes, "git_revision": common.git_revision()}
@@ -229,10 +232,6 @@ def main(args: Args, dataset: Any = None) -> None:
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:,.4f}")
     console.print(table)
-    if before is not None:
-        after, difference = metrics["eval/accuracy"], metrics["compare/difference"]
-        words = f"accuracy {before.mean():.3f} -> {after:.3f}, difference {difference:+.3f}"
-        console.print(f"compared   {words} (95% interval {low:+.3f} to {high:+.3f})", style="bold")
     console.print(f"saved      {folder}")
 
 

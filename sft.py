@@ -15,6 +15,7 @@ GPU:     accelerate launch sft.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset g
 Guide:   training_guide/sft.md
 """
 
+import functools
 import itertools
 import math
 import time
@@ -26,13 +27,13 @@ from typing import Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.text import Text
 from torch import Tensor
 
 import chat
 import common
 import envs
+import tables
 from envs import UserError
 
 
@@ -47,6 +48,10 @@ class Args:
     """of the forward pass (autocast); the trained weights are float32 always. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """of packed batches: flash-attn, PyTorch's varlen kernel, or a loop of sdpa; auto: the first that can run"""
+    lora_rank: int = 0
+    """train adapters of this rank on a frozen model; 0: train all weights"""
+    lora_alpha: float = 32
+    """what adapters add is multiplied by lora_alpha / lora_rank"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -56,9 +61,14 @@ class Args:
 
     # Data
     dataset: str = "math"
-    """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
+    """math, gsm8k, a file (.jsonl .json .csv .parquet), a hub id (id:config), reasoning_gym:NAME, file.py:function, or
+    several with weights: a.jsonl:0.7,b.parquet:0.3"""
+    split: str | None = None
+    """a split or a part of one, such as 'train[:1000]'; None: train"""
     eval_dataset: str | None = None
     """as --dataset; None: its evaluation split"""
+    eval_split: str | None = None
+    """as --split; None: test, else validation"""
     num_samples: int | None = None
     """math: how many problems (None: 2000); else keep the first N rows"""
     min_val: int | None = None
@@ -78,7 +88,7 @@ class Args:
     batch_size: int = 64
     """conversations per process and step"""
     learning_rate: float | None = None
-    """peak; None: 1e-5, for a bundled model 1e-3"""
+    """peak; None: 1e-5, for a bundled model 1e-3; ten times that with --lora-rank"""
     warmup_steps: int = 10
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -137,33 +147,18 @@ def sft_loss(logprobs: Tensor, loss_mask: Tensor, denominator: float) -> tuple[T
     return cross_entropy / denominator, {"loss/total": cross_entropy.detach()}
 
 
-def encode(
-    dataset: Any, tokenizer: Any, max_length: int, show_progress: bool = False
-) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """(token ids, loss mask) of each conversation of prompt and target, and a line per reason to leave some out."""
-    encoded, reasons, first = [], Counter(), ""
-    for i in track(range(len(dataset)), "encoding", disable=not show_progress, transient=True):
-        try:
-            # Of a prompt nothing trains; the assistant turns of a row with messages have a weight of their own.
-            prompt = chat.check_messages(dataset[i].prompt)
-            prompt = [{"weight": 0} | m if m["role"] == "assistant" else m for m in prompt]
-            target = {"role": "assistant", "content": dataset[i].get_target()}
-            ids, loss_mask = chat.encode_chat(tokenizer, [*prompt, target])
-        except UserError as error:
-            reasons["of which it is not certain what trains"] += 1
-            first = first or f"; the first, row {i}: {error}"
-            continue
-        if len(ids) > max_length:
-            reasons[f"longer than {max_length:,} tokens"] += 1
-        elif not any(loss_mask[1:]):  # nothing predicts token 0
-            reasons["with nothing to train"] += 1
-        else:
-            encoded.append((ids, loss_mask))
-    dropped = [f"dropped {count:,} of {len(dataset):,} rows {kind}" for kind, count in reasons.items()]
-    dropped = [line + first if "not certain" in line else line for line in dropped]
-    if not encoded:
-        raise UserError(f"no conversation is left: {', '.join(dropped)}")
-    return encoded, dropped
+def encode(env: envs.EnvBase, tokenizer: Any, max_length: int) -> tuple[list[int], list[int]]:
+    """Token ids and loss mask of the conversation of prompt and target. Raises a UserError if it can't be trained."""
+    # Of a prompt nothing trains; the assistant turns of a row with messages have a weight of their own.
+    prompt = [{"weight": 0} | m if m["role"] == "assistant" else m for m in chat.check_messages(env.prompt)]
+    target = env.get_target()
+    target = {"role": "assistant", "content": target} if isinstance(target, str) else target
+    ids, loss_mask = chat.encode_chat(tokenizer, [*prompt, target], **env.template_args)
+    if len(ids) > max_length:
+        raise UserError(f"longer than {max_length:,} tokens")
+    if not any(loss_mask[1:]):  # nothing predicts token 0
+        raise UserError("nothing to train")
+    return ids, loss_mask
 
 
 def show(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> Text:
@@ -183,13 +178,15 @@ def inspect(args: Args, dataset: Any = None) -> None:
     tokenizer = chat.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
     config = chat.load_config(args.model)
     context = chat.context_length(config)
-    rows = [dataset[i] for i in range(len(dataset))[: args.inspect]]
-    conversations, dropped = encode(rows, tokenizer, min(args.max_length or context, context))
+    how = functools.partial(encode, tokenizer=tokenizer, max_length=min(args.max_length or context, context))
+    conversations = tables.Encoded(dataset, how)
+    rows, unread = conversations.look(args.inspect), tables.unread_columns(dataset)
     console = Console(highlight=False, soft_wrap=True)
     lines = chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config))
-    console.print(*lines, *dropped, sep="\n", markup=False)
-    for conversation in conversations:
-        console.print(show(tokenizer, *conversation), end="\n\n")
+    lines += [line for line in (conversations.report(), f"not read   {', '.join(unread)}" if unread else "") if line]
+    console.print(*lines, sep="\n", markup=False)
+    for row in rows:
+        console.print(show(tokenizer, *conversations[row]), end="\n\n")
 
 
 @torch.no_grad()
@@ -213,32 +210,34 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         return
     tokenizer, accelerator = run.tokenizer, run.accelerator
     context = chat.context_length(run.config)
-    options = (tokenizer, min(args.max_length or context, context), run.console.is_terminal)
-    conversations, dropped = encode(run.train_dataset, *options)
-    eval_conversations: list = []
+    how = functools.partial(encode, tokenizer=tokenizer, max_length=min(args.max_length or context, context))
+    conversations, eval_conversations = tables.Encoded(run.train_dataset, how), []
+    run.look(conversations)
     if run.eval_dataset is not None:
-        eval_conversations, eval_dropped = encode(run.eval_dataset, *options)
-        dropped += [f"evaluation: {line}" for line in eval_dropped]
-    few = len(conversations) >= 0.99 * len(run.train_dataset)
-    for line in dropped:
-        run.say(line, "yellow" if few else "bold red")
+        held_out = tables.Encoded(run.eval_dataset, how)
+        eval_conversations = [held_out[row] for row in run.look(held_out, "evaluation: ", len(held_out))]
     run.say(Text("example    ") + show(tokenizer, *conversations[0]))
     envs.require_rewards((args.eval_sample_completions and run.eval_dataset) or [])
     policy = common.load_policy(run, from_scratch=args.from_scratch and run.checkpoint is None)
     evaluator = None
     if args.eval_sample_completions and run.eval_dataset is not None:
-        evaluator = common.Evaluator(common.make_engine(run), tokenizer, run.eval_dataset, args.max_new_tokens)
-    run.begin(dropped=dropped)
+        evaluator = run.evaluator(common.make_engine(run))
+    run.begin()
 
     def evaluate(step: int) -> dict[str, float]:
         return evaluate_loss(run, policy, eval_conversations) | run.evaluate(step, evaluator)
 
     if run.step == 0 and eval_conversations:
         run.log(0, evaluate(0))
+
+    def batch(step: int) -> list[tuple[list[int], list[int]]]:
+        return [conversations[row] for row in run.rows(step, conversations)]
+
+    batches = tables.ahead(batch, range(run.step + 1, args.num_steps + 1))
     for step in run.steps():
         # 1. batch
         started = time.perf_counter()
-        sequences = [conversations[row] for row in run.rows(step, len(conversations))]
+        sequences = run.safely(next, batches)
         input_ids, attention_mask, loss_mask = common.collate(sequences, run.device)  # (B, T) each
         tokens = run.sum(loss_mask.sum())
 
@@ -271,6 +270,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= evaluate(step)
         run.log(step, metrics)
         run.save(step)
+    run.look(conversations)
     run.finish()
 
 

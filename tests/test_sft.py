@@ -1,88 +1,63 @@
 """The supervised loss has its hand-computed value and gradient, and adds up over any cut of a batch."""
 
 import copy
-import json
+import functools
 import math
 
 import pytest
 import torch
-from conftest import read_metrics, run_main, run_script
+from conftest import fine, read_metrics, record_of, run_main, run_script, write_rows
 
-import chat
 import common
-import envs
 import sft
-from envs import EnvBase, UserError
+import tables
+from envs import EnvBase
 
 
-def test_loss_by_hand():
-    logprobs = torch.tensor([[0.0, math.log(0.5), math.log(0.1)], [0.0, math.log(0.2), 0.0]], dtype=torch.float64)
-    logprobs.requires_grad_()
+@pytest.mark.parametrize("parts", [[slice(0, 2)], [slice(0, 1), slice(1, 2)]], ids=["whole", "in parts"])
+def test_value_and_gradient_by_hand(parts):
+    """The parts of a batch add up; what is masked may be anything."""
+    rows = [[math.nan, math.log(0.5), math.log(0.1)], [0.0, math.log(0.2), -math.inf]]
+    logprobs = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[0, 1, 0], [0, 1, 0]])
-    loss, sums = sft.sft_loss(logprobs, mask, 4)
-    loss.backward()
-    assert loss.item() == pytest.approx((math.log(2) + math.log(5)) / 4, abs=1e-15)
+    losses, sums = zip(*(sft.sft_loss(logprobs[part], mask[part], 4) for part in parts), strict=True)
+    sum(losses).backward()
+    assert sum(losses).item() == pytest.approx(math.log(10) / 4, abs=1e-15)
     assert logprobs.grad.tolist() == [[0, -0.25, 0], [0, -0.25, 0]]
-    assert sums["loss/total"].item() == pytest.approx(math.log(10), abs=1e-15)
-    assert not sums["loss/total"].requires_grad
+    assert sum(named["loss/total"].item() for named in sums) == pytest.approx(math.log(10))
+    assert sft.sft_loss(logprobs, torch.zeros_like(mask), 4)[0] == 0
 
 
-def test_parts_add_up_and_inputs_stay_as_they_are():
-    torch.manual_seed(0)
-    logprobs, mask = -torch.rand(6, 9, dtype=torch.float64), torch.randint(0, 2, (6, 9))
-    before = logprobs.clone()
-    whole, _ = sft.sft_loss(logprobs, mask, 30)
-    parts = sum(sft.sft_loss(logprobs[i : i + 2], mask[i : i + 2], 30)[0] for i in (0, 2, 4))
-    assert whole.item() == pytest.approx(parts.item(), abs=1e-15)
-    assert torch.equal(logprobs, before)
-    assert sft.sft_loss(logprobs, torch.zeros_like(mask), 30)[0] == 0
+def encoded(rows, tokenizer, max_length=512):
+    return tables.Encoded(rows, functools.partial(sft.encode, tokenizer=tokenizer, max_length=max_length))
 
 
-def test_padding_cannot_reach_the_gradient():
-    logprobs = torch.tensor([[math.nan, -1.0]], requires_grad=True)
-    sft.sft_loss(logprobs, torch.tensor([[0, 1]]), 1)[0].backward()
-    assert logprobs.grad.tolist() == [[0, -1]]
-
-
-def test_long_and_untrainable_conversations_are_dropped_and_counted(tokenizer):
+def test_conversations_too_long_or_with_nothing_to_train_are_dropped_and_counted(tokenizer):
     def env(user, assistant="b"):
         return EnvBase([{"role": "user", "content": user}], assistant)
 
-    ((_ids, mask),), dropped = sft.encode([env("a"), env("a" * 99), env("a" * 99)], tokenizer, 60)
-    assert sum(mask) == 2  # b and its stop token
-    assert dropped == ["dropped 2 of 3 rows longer than 60 tokens"]
+    rows = encoded([env("a"), env("a" * 99), env("a"), env("a" * 99)], tokenizer, 60)
+    assert rows.look(4) == [0, 2]
+    assert sum(rows[0][1]) == 2  # b and its stop token
+    assert rows.report() == "dropped 2 of 4 rows, the first is row 1: 2 x longer than 60 tokens"
     endless = copy.deepcopy(tokenizer)
     endless.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    kept, dropped = sft.encode([env("a"), env("a", "")], endless, 60)
-    assert len(kept) == 1
-    assert dropped == ["dropped 1 of 2 rows with nothing to train"]
-    with pytest.raises(UserError, match="no conversation is left: dropped 1 of 1 rows longer than 60 tokens"):
-        sft.encode([env("a" * 99)], tokenizer, 60)
-    _, dropped = sft.encode([env("a"), EnvBase(env("a").prompt)], tokenizer, 60)
-    assert (
-        "dropped 1 of 2 rows of which it is not certain what trains; the first, row 1: this environment has"
-        in dropped[0]
-    )
+    rows = encoded([env("a"), env("a", ""), EnvBase(env("a").prompt)], endless)
+    assert rows.look(3) == [0]
+    assert "1 x nothing to train; 1 x this environment has no answer to imitate" in rows.report()
 
 
 def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [("Say\nyes", "yes 🙂"), ("x" * 600, "no"), ("b", "c")]
-    lines = [json.dumps({"prompt": prompt, "target": target}) + "\n" for prompt, target in rows]
-    (tmp_path / "data.jsonl").write_text("".join(lines))
-    done = run_main("sft.py", "--dataset", tmp_path / "data.jsonl", "--inspect", 2)
+    data = write_rows(tmp_path / "data.jsonl", *({"prompt": prompt, "target": target} for prompt, target in rows))
+    done = run_main("sft.py", "--dataset", data, "--inspect", 2)
     assert (done.returncode, done.stderr) == (0, "")
     assert "<|im_start|>assistant\n«yes 🙂<|im_end|>»\n [9 of " in done.stdout
     assert "tokens train, the last is '<|im_end|>']" in done.stdout
-    assert "dropped 1 of 2 rows longer than 512 tokens" in done.stdout
+    assert "dropped 1 of 2 rows, the first is row 1: 1 x longer than 512 tokens" in done.stdout
     assert "«c" not in done.stdout  # two rows were asked for
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
-
-
-def test_trained_tokens_are_coloured(tokenizer):
-    ids, mask = chat.encode_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    text = sft.show(tokenizer, ids, mask)
-    assert [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)] == ["«b<|im_end|>»"]
 
 
 def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, tmp_path):
@@ -90,39 +65,25 @@ def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, tmp
     run = common.Run(args, "sft.py", None, None, bundled_lr=0.0, real_lr=0.0)
     policy = common.load_policy(run)
     envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
-    conversations, _ = sft.encode(envs, tokenizer, 512)
-    found = []
-    for run.micro_batch_tokens in (10_000, 1):
-        found.append(sft.evaluate_loss(run, policy, conversations))
+    conversations = [sft.encode(env, tokenizer, 512) for env in envs]
     tokens, total = sum(sum(mask) for _, mask in conversations), 0.0
     for ids, mask in conversations:
         logprobs = tiny(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(logprobs[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t])
-    for metrics in found:
+    for run.micro_batch_tokens in (10_000, 1):
+        metrics = sft.evaluate_loss(run, policy, conversations)
         assert metrics["eval/ce_loss"] == pytest.approx(total / tokens, rel=1e-5)
         assert metrics["eval/perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
 def test_script_trains_multi_turn_messages_and_logs(tmp_path):
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcd")]
-    data, row = tmp_path / "chats.jsonl", json.dumps({"messages": turns}) + "\n"
-    data.write_text(row * 4 + row.replace('"c"', '"' + "c" * 600 + '"'))
+    long = {"messages": [*turns[:2], turns[2] | {"content": "c" * 600}, turns[3]]}
+    data = write_rows(tmp_path / "chats.jsonl", *[{"messages": turns}] * 4, long)
     flags = ["--dataset", data, "--eval-dataset", data, "--num-steps", 3, "--batch-size", 2, "--logging-steps", 1]
-    done = run_script("sft.py", *flags, "--output-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    fine(run_script("sft.py", *flags, "--output-dir", tmp_path / "run"))
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["eval/ce_loss"] < lines[0]["eval/ce_loss"]
-    assert "before/after eval/ce_loss" in done.stdout
-    dropped = "dropped 1 of 5 rows longer than 512 tokens"
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["dropped"] == [dropped, f"evaluation: {dropped}"]
-    assert f"\n{dropped}\nevaluation: {dropped}\n" in done.stdout
-
-
-def test_of_a_prompt_nothing_trains_and_of_messages_every_turn_with_a_weight(tokenizer):
-    user, first = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    rows = [{"prompt": [user, first, user], "target": "c"}, {"messages": [user, first, user, first | {"content": "c"}]}]
-    rows.append({"messages": [user, first, user, first | {"content": "c", "weight": 0}]})
-    encoded, _ = sft.encode([envs.row_to_env(row, "row") for row in rows], tokenizer, 512)
-    trained = [tokenizer.decode([i for i, keep in zip(*row, strict=True) if keep]) for row in encoded]
-    assert trained == ["c<|im_end|>", "b<|im_end|>c<|im_end|>", "b<|im_end|>"]
+    dropped = "dropped 1 of 5 rows, the first is row 4: 1 x longer than 512 tokens"
+    assert record_of(tmp_path / "run")["dropped"] == [dropped, f"evaluation: {dropped}"]
