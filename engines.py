@@ -58,9 +58,11 @@ def evaluating(model: nn.Module) -> Generator[None]:
     """Out of training mode, which forbids the cache under gradient checkpointing."""
     training = [module for module in model.modules() if module.training]
     model.eval()
-    yield
-    for module in training:
-        module.training = True
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class HFEngine:
@@ -142,8 +144,9 @@ class HFEngine:
             cache.reorder_cache(rows)
             for t in range(max_new_tokens):
                 logprobs = self.lm.head(states, temperature or 1).log_softmax(-1)  # (B, V)
-                tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
-                if temperature > 0:  # the first token whose cumulative probability exceeds the uniform
+                if temperature == 0:
+                    tokens = logprobs.argmax(-1, keepdim=True)  # (B, 1)
+                else:  # the first token whose cumulative probability exceeds the uniform
                     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
                     share = uniforms[going, t, None] * cumulative[:, -1:]
                     tokens = torch.searchsorted(cumulative, share, right=True)
@@ -163,6 +166,22 @@ class HFEngine:
                 inputs = {"input_ids": tokens, "attention_mask": mask, CACHE: cache, "use_cache": True}
                 states = trunk(**inputs, position_ids=mask.sum(-1, keepdim=True) - 1).last_hidden_state[:, -1]
         return completions
+
+
+def merged_weights(model: nn.Module) -> Generator[tuple[str, torch.Tensor]]:
+    """Name and tensor of each of a model's weights, with what LoRA adds to it, in float32 and one after the other.
+
+    The model stays as it is: merging in place, and taking out again, would change low-precision weights each time.
+    """
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer, adapted, kind = name.partition(".base_layer.")
+        if adapted and kind == "weight":
+            adapted_layer: Any = model.get_submodule(layer)
+            exact = torch.promote_types(tensor.dtype, torch.float32)
+            tensor = tensor.to(exact) + adapted_layer.get_delta_weight("default").to(exact)
+        yield name.replace(".base_layer.", "."), tensor
 
 
 class VLLMEngine:
@@ -198,12 +217,14 @@ class VLLMEngine:
         padding = range(chat.vocab_size(tokenizer), config.get_text_config().vocab_size)  # rows without a token
         self.never = dict.fromkeys(padding, -math.inf) or None
         self.sleeps = trains and asked.get("enable_sleep_mode")
+        self.in_processes = asked.get("tensor_parallel_size", 1) > 1
 
     def sync(self, model: nn.Module) -> None:
         """Copies the trainer's weights in, without disk, and forgets what was computed with the old ones."""
         if self.sleeps and self.llm.llm_engine.is_sleeping():
             self.llm.wake_up()
-        weights = list(model.state_dict().items())
+        weights: Any = merged_weights(model)
+        weights = list(weights) if self.in_processes else weights  # other processes can't be handed an iterator
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.llm.reset_prefix_cache()
 

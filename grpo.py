@@ -50,6 +50,10 @@ class Args:
     """forward pass (autocast) and frozen models; trained weights are always float32. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """of packed batches: flash-attn, PyTorch's varlen kernel, or a loop of sdpa; auto: the first that can run"""
+    lora_rank: int = 0
+    """train adapters of this rank on a frozen model; 0: train all weights"""
+    lora_alpha: float = 32
+    """what adapters add is multiplied by lora_alpha / lora_rank"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -59,9 +63,14 @@ class Args:
 
     # Data and rollout
     dataset: str = "math"
-    """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
+    """math, gsm8k, a file (.jsonl .json .csv .parquet), a hub id (id:config), reasoning_gym:NAME, file.py:function, or
+    several with weights: a.jsonl:0.7,b.parquet:0.3"""
+    split: str | None = None
+    """a split or a part of one, such as 'train[:1000]'; None: train"""
     eval_dataset: str | None = None
     """as --dataset; None: its evaluation split"""
+    eval_split: str | None = None
+    """as --split; None: test, else validation"""
     num_samples: int | None = None
     """math: how many problems (None: 2000); else keep the first N rows"""
     min_val: int | None = None
@@ -74,6 +83,8 @@ class Args:
     """prompts per process and step"""
     group_size: int = 8
     """completions per prompt"""
+    max_prompt_length: int | None = None
+    """drop prompts with more tokens; None: with more than the context and --max-new-tokens leave"""
     max_new_tokens: int = 256
     """longest completion"""
     temperature: float = 1.0
@@ -109,7 +120,7 @@ class Args:
     num_steps: int = 170
     """rollouts and what is learned from each"""
     learning_rate: float | None = None
-    """peak; None: 1e-6, for a bundled model 3e-4"""
+    """peak; None: 1e-6, for a bundled model 3e-4; ten times that with --lora-rank"""
     warmup_steps: int = 5
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -223,14 +234,12 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     for dataset in (train_dataset, run.eval_dataset or []):
         envs.require_rewards(dataset)
     correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
-    longest = chat.context_length(run.config) - args.max_new_tokens
-    prompts = chat.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
+    prompts = common.encode_prompts(train_dataset, tokenizer, chat.context_length(run.config), args)
+    run.look(prompts)
     policy = common.load_policy(run)
-    reference = common.load_frozen(run, args.model, "reference") if args.kl_penalty > 0 else None
+    reference = common.load_reference(run) if args.kl_penalty > 0 else None
     engine = common.make_engine(run)
-    evaluator = None
-    if run.eval_dataset is not None:
-        evaluator = common.Evaluator(engine, tokenizer, run.eval_dataset, args.max_new_tokens)
+    evaluator = run.evaluator(engine)
     run.begin(correction=correction)
 
     if run.step == 0:
@@ -238,7 +247,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     for step in run.steps():
         # 1. rollout
         started = time.perf_counter()
-        rows = run.rows(step, len(prompts), args.group_size)  # B = P * G: each prompt G times in a row
+        rows = run.safely(run.rows, step, prompts, args.group_size)  # B = P * G: each prompt G times in a row
         asked = [prompts[row] for row in rows]
         engine.sync(run.model)
         sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
@@ -330,6 +339,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         metrics |= run.evaluate(step, evaluator)
         run.log(step, metrics, records)
         run.save(step)
+    run.look(prompts)  # what was left out in the end
     run.finish()
 
 

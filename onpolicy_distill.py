@@ -51,6 +51,10 @@ class Args:
     """forward pass (autocast) and frozen models; trained weights are always float32. auto: bf16 on a GPU that has it"""
     attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """of packed batches: flash-attn, PyTorch's varlen kernel, or a loop of sdpa; auto: the first that can run"""
+    lora_rank: int = 0
+    """train adapters of this rank on a frozen model; 0: train all weights"""
+    lora_alpha: float = 32
+    """what adapters add is multiplied by lora_alpha / lora_rank"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -60,9 +64,14 @@ class Args:
 
     # Data and rollout
     dataset: str = "math"
-    """math, gsm8k, a .jsonl file, a hub dataset id (id:config), reasoning_gym:NAME, or file.py:function"""
+    """math, gsm8k, a file (.jsonl .json .csv .parquet), a hub id (id:config), reasoning_gym:NAME, file.py:function, or
+    several with weights: a.jsonl:0.7,b.parquet:0.3"""
+    split: str | None = None
+    """a split or a part of one, such as 'train[:1000]'; None: train"""
     eval_dataset: str | None = None
     """as --dataset; None: its evaluation split"""
+    eval_split: str | None = None
+    """as --split; None: test, else validation"""
     num_samples: int | None = None
     """math: how many problems (None: 2000); else keep the first N rows"""
     min_val: int | None = None
@@ -73,6 +82,8 @@ class Args:
     """math: the operation (None: add)"""
     batch_size: int = 64
     """prompts per process and step"""
+    max_prompt_length: int | None = None
+    """drop prompts with more tokens; None: with more than the context and --max-new-tokens leave"""
     max_new_tokens: int = 256
     """longest completion"""
     temperature: float = 1.0
@@ -92,7 +103,7 @@ class Args:
     num_steps: int = 150
     """rollouts and what is learned from each"""
     learning_rate: float | None = None
-    """peak; None: 1e-5, for a bundled model 3e-4"""
+    """peak; None: 1e-5, for a bundled model 3e-4; ten times that with --lora-rank"""
     warmup_steps: int = 5
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -185,17 +196,16 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     if run.finished:
         return
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
-    rewarded = not envs.rows_without_reward(train_dataset)  # no reward is needed, but it shows where there is one
     chat.check_same_tokens(tokenizer, chat.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False))
     configs = (run.config, chat.load_config(args.teacher_model))
-    longest = min(map(chat.context_length, configs)) - args.max_new_tokens
-    prompts = chat.encode_prompts(tokenizer, train_dataset, range(len(train_dataset)), longest)
+    prompts = common.encode_prompts(
+        train_dataset, tokenizer, min(map(chat.context_length, configs)), args, graded=False
+    )
+    run.look(prompts)
     policy = common.load_policy(run)
     teacher = common.load_frozen(run, args.teacher_model, "teacher")
     engine = common.make_engine(run)
-    evaluator = None
-    if run.eval_dataset is not None and not envs.rows_without_reward(run.eval_dataset):
-        evaluator = common.Evaluator(engine, tokenizer, run.eval_dataset, args.max_new_tokens)
+    evaluator = run.evaluator(engine)
     run.begin()
 
     if run.step == 0:
@@ -203,7 +213,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     for step in run.steps():
         # 1. rollout
         started = time.perf_counter()
-        rows = run.rows(step, len(prompts))  # B
+        rows = run.safely(run.rows, step, prompts)  # B
         asked = [prompts[row] for row in rows]
         engine.sync(run.model)
         sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
@@ -212,7 +222,8 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
-        scores = run.score(rows, texts) if rewarded else []
+        graded = [b for b, row in enumerate(rows) if envs.has_reward(train_dataset[row])]  # none needs a reward
+        scores = run.score([rows[b] for b in graded], [texts[b] for b in graded])
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
@@ -259,14 +270,18 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             "perf/tokens_per_second": (sampled, step_seconds / run.processes),
         }
         records = []  # some completions, for completions.jsonl
-        for row, text, score, c in zip(rows[:8], texts, scores or [None] * 8, completions, strict=False):
+        reward_of = dict(zip(graded, scores, strict=True))
+        for b, (row, text, c) in enumerate(zip(rows[:8], texts, completions, strict=False)):
             prompt = train_dataset[row].prompt[-1]["content"]
-            records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
+            records.append(
+                {"prompt": prompt, "completion": text, "reward": reward_of.get(b), "finish_reason": c.finish_reason}
+            )
 
         # 6. evaluate and save
         metrics |= run.evaluate(step, evaluator)
         run.log(step, metrics, records)
         run.save(step)
+    run.look(prompts)  # what was left out in the end
     run.finish()
 
 

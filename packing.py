@@ -55,9 +55,8 @@ def pick_kernel(attn: str, device: torch.device, dtype: torch.dtype) -> tuple[Ca
     fast = device.type == "cuda" and dtype == torch.bfloat16
     has_flash = fast and importlib.util.find_spec("flash_attn") is not None
     if attn == "flash_attention_2" and not has_flash:
-        raise UserError(
-            "--attn flash_attention_2 needs a GPU, bf16 and the package flash-attn; auto takes what it finds"
-        )
+        words = "needs a GPU, bf16 and the package flash-attn; auto takes what it finds"
+        raise UserError(f"--attn flash_attention_2 {words}")
     if attn == "sdpa" or not fast:
         return loop_of_sdpa, "sdpa"
     if has_flash:

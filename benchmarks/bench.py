@@ -11,6 +11,7 @@ The work, in float32 on a CPU and under bf16 autocast on a GPU, TRL's gradient c
     grpo      4 prompts x 8 completions of exactly 128 tokens, rewards 0 and 1 in turn: no group is without a gradient
     natural   likewise, but completions end where the model ends them (at most 256), and the rewards are real
     distill   16 completions of exactly 128 tokens, --teacher the teacher
+    lora      2 prompts x 8 completions of exactly 48 tokens, adapters of rank 8 (TRL: by peft, likewise)
     startup   until --help has ended, until the first step of `tiny` begins (TRL: of trl_step.py) and until its rollout
               ends (TRL: of its command line, `trl grpo`)
 
@@ -49,9 +50,10 @@ TUNED = {  # settings of TRL that are tried: examples a pass and passes a step, 
     "grpo": [(4, 8, {}), (8, 4, {}), (2, 16, {})],
     "natural": [(4, 8, {}), (8, 4, {})],
     "distill": [(4, 4, {}), (2, 8, {}), (8, 2, {})],
+    "lora": [(4, 4, {}), (8, 2, {}), (2, 8, {})],
 }
-DEFAULT = {"sft": (16, 1, {}), "grpo": (32, 1, {}), "natural": (32, 1, {}), "distill": (16, 1, {})}
-FORCED = 128
+DEFAULT = {"sft": (16, 1, {}), "grpo": (32, 1, {}), "natural": (32, 1, {}), "distill": (16, 1, {}), "lora": (16, 1, {})}
+FORCED = {"grpo": 128, "distill": 128, "lora": 48}  # tokens of each completion
 RATIOS = {"step": "time/step", "rollout": "time/rollout", "train": "time/train", "memory": "perf/peak_memory_gb"}
 KEPT = ("time", "perf", "completion/len", "policy/computed")  # of our metrics
 ENVIRONMENT = """import itertools, json, pathlib, envs
@@ -107,9 +109,12 @@ def write_data(model: str, folder: Path) -> dict[str, list]:
         ids, mask = common.encode_chat(tokenizer, rows[-1]["messages"])
         sizes.append((len(ids), sum(mask)))
     prompts = [{"prompt": dataset[i].prompt, "answer": dataset[i].answer} for i in range(16)]
-    for name, lines in (("sft", rows), ("distill", prompts), ("grpo", prompts[:4]), ("natural", prompts[:4])):
+    own = {"sft": rows, "distill": prompts, "grpo": prompts[:4], "natural": prompts[:4], "lora": prompts[:2]}
+    for name, lines in own.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "alternating.py").write_text(ENVIRONMENT.replace("PATH", repr(str(folder / "grpo.jsonl"))))
+    for name in ("grpo", "lora"):
+        code = ENVIRONMENT.replace("PATH", repr(str(folder / f"{name}.jsonl")))
+        (folder / f"alternating_{name}.py").write_text(code)
     return {"sft": sizes, "prompts": [len(common.encode_prompt(tokenizer, row["prompt"])) for row in prompts]}
 
 
@@ -132,17 +137,18 @@ def ours(task: str, args: Args, folder: Path, name: str, old: bool = False) -> d
     """A run of our script, or with `old` of that revision's."""
     flags: list[Any] = ["--model", args.model, "--num-steps", args.steps, "--eval-steps", 0, "--learning-rate", 1e-6]
     flags += ["--output-dir", folder / name, "--logging-steps", 1, "--saving-steps", 1000]
-    data, forced = folder / f"{task}.jsonl", task in ("grpo", "distill")
+    data, forced = folder / f"{task}.jsonl", FORCED.get(task, 0)
     if task == "sft":
         script: list[Any] = ["sft", "--dataset", data, "--batch-size", 16]
     elif task == "natural":
         script = ["grpo", "--dataset", data, "--batch-size", 4]
-    elif task == "grpo":
-        script = ["grpo", "--dataset", f"{folder / 'alternating.py'}:dataset", "--batch-size", 4]
+    elif task in ("grpo", "lora"):
+        size = ["--batch-size", 4] if task == "grpo" else ["--batch-size", 2, "--lora-rank", 8]
+        script = ["grpo", "--dataset", f"{folder / f'alternating_{task}.py'}:dataset", *size]
     else:
         script = ["onpolicy_distill", "--dataset", data, "--batch-size", 16]
         script += ["--teacher-model", args.teacher or args.model]
-    script += ["--max-new-tokens", FORCED] * forced
+    script += ["--max-new-tokens", forced] if forced else []
     variables = {"BENCH_ROOT": str(Path(args.old).resolve()) if old and args.old else ""}
     variables |= {"BENCH_NATURAL": "" if forced else "1", "BENCH_OWN_PRODUCTS": "1" * (old and args.old_own_products)}
     command = [args.old_python if old else sys.executable, HERE / "forced_length.py", *script, *flags]
@@ -162,8 +168,10 @@ def theirs(task: str, args: Args, folder: Path, name: str, setting: tuple[int, i
     config |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes, **options}
     if task == "distill":
         config["teacher"] = args.teacher or args.model
-    if task in ("grpo", "distill"):
-        config["forced"] = FORCED
+    if task in FORCED:
+        config["forced"] = FORCED[task]
+    if task == "lora":
+        config |= {"task": "grpo", "lora": 8}
     printed = run([args.trl_python, str(HERE / "trl_step.py"), json.dumps(config)], folder / f"{name}.log")
     steps = [json.loads(line) for _, line in printed if line.startswith('{"step"')]
     result = mean_of_steps(steps, steps[-1]) if task == "natural" else steps[-1]
@@ -214,12 +222,14 @@ def needed(task: str, args: Args, sizes: dict[str, list], speed: dict[str, float
         sequences, shared, passes = sizes["sft"], 15 * (template - 5), 3  # a backward pass is two forward ones
         decoding = 0.0
     else:
-        prompts = sizes["prompts"] if task == "distill" else sizes["prompts"][:4] * 8
-        shared = 0 if task == "distill" else 7 * sum(sizes["prompts"][:4])
-        sequences, passes = [(tokens + FORCED, FORCED) for tokens in prompts], 4 if task == "distill" else 3
+        own = sizes["prompts"][: {"grpo": 4, "lora": 2}.get(task)]
+        prompts = own if task == "distill" else own * 8
+        shared, length = 0 if task == "distill" else 7 * sum(own), FORCED[task]
+        sequences = [(tokens + length, length) for tokens in prompts]
+        passes = {"distill": 4, "grpo": 3, "lora": 2}[task]  # a frozen weight has no gradient
         weights = trunk + head.weight.numel()
         step = max(2 * weights * len(prompts) / speed["flops"], 4 * weights / speed["bytes"])
-        decoding = FORCED * step + 2 * trunk * (sum(prompts) - shared) / speed["flops"]
+        decoding = length * step + 2 * trunk * (sum(prompts) - shared) / speed["flops"]
     result = {"rollout": decoding, "train": passes * forward(sequences, 0) / speed["flops"]}
     return result | {"train, shared prefixes once": passes * forward(sequences, shared) / speed["flops"]}
 
@@ -291,8 +301,8 @@ def one_round(task: str, args: Args, folder: Path, n: int, settings: dict, sizes
             r = theirs(task, args, folder, name, settings[who])
         else:
             r = ours(task, args, folder, name, old=who == "old")
-        length = r.get("completion/length_mean", r.get("length", FORCED))
-        completions = 16 if task == "distill" else 32
+        length = r.get("completion/length_mean", r.get("length", FORCED.get(task)))
+        completions = 16 if task in ("distill", "lora") else 32
         tokens = sum(count for count, _ in sizes["sft"]) if task == "sft" else completions * length
         results[who] = r | {"perf/tokens_per_second": tokens / r["time/step"]}
         parts = f"{r['time/step']:6.1f} s = rollout {r['time/rollout']:.1f} + train {r['time/train']:.1f}"

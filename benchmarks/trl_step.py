@@ -56,8 +56,10 @@ class Timer(TrainerCallback):
         return timed
 
 
-def main(task: str, model: str, data: str, steps: int, teacher: str = "", forced: int = 0, **options: Any) -> None:
-    """`forced`: every completion has that many tokens; 0: they end where the model ends them."""
+def main(
+    task: str, model: str, data: str, steps: int, teacher: str = "", forced: int = 0, lora: int = 0, **options: Any
+) -> None:
+    """`forced`: every completion has that many tokens; 0: they end where the model ends them. `lora`: a rank."""
     on_gpu = torch.cuda.is_available()
     common: dict[str, Any] = {"output_dir": "/tmp/trl", "report_to": "none", "save_strategy": "no", "logging_steps": 1}
     common |= {"max_steps": steps, "bf16": on_gpu, "use_cpu": not on_gpu, "learning_rate": 1e-6, "disable_tqdm": True}
@@ -93,7 +95,12 @@ def main(task: str, model: str, data: str, steps: int, teacher: str = "", forced
 
         config = GRPOConfig(**common | options)
         reward = alternating if forced else real
-        trainer = GRPOTrainer(model, reward, args=config, train_dataset=prompts, callbacks=[timer])
+        adapters: dict[str, Any] = {}
+        if lora:
+            from peft import LoraConfig
+
+            adapters["peft_config"] = LoraConfig(r=lora, lora_alpha=32, target_modules="all-linear")
+        trainer = GRPOTrainer(model, reward, args=config, train_dataset=prompts, callbacks=[timer], **adapters)
     trainer._generate = timer.around(trainer._generate)
     return trainer.train()
 

@@ -7,7 +7,7 @@ A case is a JSON object: `name`, `script`, `flags`, and what differs from a plai
     frozen: completions are a function of their seed         no_skip: groups of equal rewards are computed as well
     head_logits: logits that exist at a time                 flat: positions of step 1 whose prompts have equal rewards
 Each process writes OUT/<name>-<rank>.safetensors: the gradient of each parameter at each step, `<step>.<n>`, in the
-optimizer's order; each completion, `completion.<seed>`; how often gradients were reduced over processes, `reductions`.
+optimizer's order; each completion, `completion.<seed>`; how many passes reduce gradients over processes, `reductions`.
 """
 
 import json
@@ -23,9 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import tyro
-from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -85,15 +83,28 @@ def in_float64(model):
     return model
 
 
+def with_random_adapter(adapter):
+    """In float64, and as if it had been trained: at first the gradient of one of its matrices is 0."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02, generator=generator)
+    return adapter.double()
+
+
 def capture(case: dict, out: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     steps, reductions = 0, 0
     load_model, generate, micro_batches = common.load_model, common.HFEngine.generate, common.micro_batches
-    states, adamw_step, prepare = common.ChunkedLM.states, torch.optim.AdamW.step, Accelerator.prepare
+    add_adapter = common.add_adapter
+    states, adamw_step, forward = common.ChunkedLM.states, torch.optim.AdamW.step, DistributedDataParallel.forward
 
     def load_and_cast(*args, **kwargs):
         model = load_model(*args, **kwargs)
         return in_float64(model) if case.get("float64") else model
+
+    def add_and_cast(run):
+        return with_random_adapter(add_adapter(run))
 
     def generate_and_record(self, prompts, seeds, *, max_new_tokens, temperature, pause=None):
         if case.get("frozen"):
@@ -118,16 +129,10 @@ def capture(case: dict, out: Path) -> None:
         tensors.update({f"{steps}.{i}": grad.clone() for i, grad in enumerate(grads)})
         return adamw_step(self, *args, **kwargs)
 
-    def reduce_and_count(_state, bucket):
+    def forward_and_count(self, *args):
         nonlocal reductions
-        reductions += 1
-        return allreduce_hook(torch.distributed.group.WORLD, bucket)
-
-    def prepare_and_hook(self, model):
-        prepared = prepare(self, model)
-        if isinstance(prepared, DistributedDataParallel):
-            prepared.register_comm_hook(None, reduce_and_count)
-        return prepared
+        reductions += torch.is_grad_enabled() and self.require_backward_grad_sync
+        return forward(self, *args)
 
     script = SCRIPTS[case["script"]]
     flags = [*case["flags"], "--output-dir", str(out / case["name"]), "--eval-steps", "0"]
@@ -136,12 +141,13 @@ def capture(case: dict, out: Path) -> None:
     args = tyro.cli(script.Args, args=flags)
     with (
         mock.patch.object(common, "load_model", load_and_cast),
+        mock.patch.object(common, "add_adapter", add_and_cast),
         mock.patch.object(common.HFEngine, "generate", generate_and_record),
         mock.patch.object(common, "micro_batches", cut),
         mock.patch.object(common.ChunkedLM, "states", states_of_left_padded if case.get("padding") else states),
         mock.patch.object(common, "HEAD_LOGITS", case.get("head_logits", common.HEAD_LOGITS)),
         mock.patch.object(torch.optim.AdamW, "step", record_and_step),
-        mock.patch.object(Accelerator, "prepare", prepare_and_hook),
+        mock.patch.object(DistributedDataParallel, "forward", forward_and_count),
     ):
         script.main(args, puzzles(case.get("flat", [])))
     tensors["reductions"] = torch.tensor(reductions)
