@@ -5,9 +5,11 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -23,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import chat
 import common
+import grpo
 
 # With all threads there are. Those that wait sleep: two tests run at a time, and spinning would take the other's cores.
 AS_A_USER = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -52,10 +55,59 @@ def no_modules_are_left(monkeypatch):
             del sys.modules[name]
 
 
-def run_script(script, *flags, cwd=ROOT, **kwargs):
-    """Runs `python script flags` and returns the finished process, its output captured as text."""
-    command = [sys.executable, str(ROOT / script) if (ROOT / script).exists() else script, *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **kwargs)
+@pytest.fixture
+def make_run(tmp_path):
+    """A real `Run` of grpo.py, as its start-up leaves it."""
+
+    def make(**flags):
+        flags = {"output_dir": str(tmp_path / "run"), "eval_steps": 0, "num_samples": 4} | flags
+        return common.Run(grpo.Args(**flags), "grpo.py", None, None, bundled_lr=1.0, real_lr=1.0)
+
+    return make
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """A copy: a module of its own, whose calls are counted from 1."""
+    return f"{shutil.copy(ROOT / 'tests' / 'judge.py', tmp_path / 'mine.py')}:make"
+
+
+def start_script(script, *flags, launcher=(sys.executable,), **options):
+    """Starts `python script flags`, its output piped as text."""
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, flags)], **options)
+
+
+def run_script(script, *flags, **options):
+    """Runs it to its end, and returns the finished process."""
+    process = start_script(script, *flags, **options)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def fine(done):
+    """It did end with exit code 0; the run itself."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def mistake(done):
+    """The one line that tells the user's mistake; the exit code is 2."""
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "Loading weights" not in line]
+    assert line.startswith("error: ")
+    return line
 
 
 def run_main(script, *flags):
@@ -75,5 +127,24 @@ def run_main(script, *flags):
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
 
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_rows(path, *rows):
+    """Text as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
 def read_metrics(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(Path(folder) / "metrics.jsonl")
+
+
+def record_of(folder):
+    return json.loads((Path(folder) / "args.json").read_text())
+
+
+def cases_in(name):
+    """Of a table of cases, tests/name."""
+    return (ROOT / "tests" / name).read_text().splitlines()

@@ -3,27 +3,18 @@
 import ast
 import dataclasses
 import difflib
+import importlib
 import json
 import re
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, record_of
 
-import chat
-import common
-import engines
-import envs
-import evaluate
-import grpo
-import onpolicy_distill
-import packing
-import sft
-
-SCRIPTS = {"sft": sft, "grpo": grpo, "onpolicy_distill": onpolicy_distill, "evaluate": evaluate}
+SCRIPTS = {name: importlib.import_module(name) for name in ("sft", "grpo", "onpolicy_distill", "evaluate")}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
 CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240}
-CEILINGS |= {"common.py": 1000, "chat.py": 460, "engines.py": 240, "packing.py": 170, "envs.py": 400}
-CEILINGS["README.md"] = 140
+CEILINGS |= {"common.py": 1130, "chat.py": 610, "engines.py": 250, "packing.py": 170, "tables.py": 220}
+CEILINGS |= {"envs.py": 460, "grading.py": 150, "math_worker.py": 45, "README.md": 140}
 RESULTS = ROOT / "training_guide" / "results"
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "models" / "README.md", RESULTS / "README.md"]
 DOCS += sorted((ROOT / "training_guide").glob("*.md"))
@@ -34,13 +25,9 @@ def lines(path):
     return path.read_text().splitlines()
 
 
-def guide(script):
-    return (ROOT / "training_guide" / f"{GUIDES[script]}.md").read_text()
-
-
 def test_files_tests_and_results_stay_small():
     assert [name for name in CEILINGS if len(lines(ROOT / name)) > CEILINGS[name]] == []
-    assert sum(len(lines(path)) for path in (ROOT / "tests").glob("*.py")) <= 4700
+    assert sum(len(lines(path)) for path in (ROOT / "tests").rglob("*.py")) <= 4000
     assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) <= 600_000
 
 
@@ -56,11 +43,30 @@ def test_two_scripts_differ_in_their_algorithms_only():
     assert sum(line[0] in "+-" for line in difflib.ndiff(code("grpo.py"), code("onpolicy_distill.py"))) < 200
 
 
+def test_arrows_point_one_way():
+    """Scripts use what is shared, common the other rooms; no script uses another."""
+    below = {"chat.py": set(), "grading.py": set(), "math_worker.py": set(), "envs.py": {"chat", "grading", "tables"}}
+    below |= {"engines.py": {"chat"}, "packing.py": {"chat"}, "tables.py": {"chat"}}
+    below |= {"common.py": {"chat", "engines", "packing", "envs", "tables"}}
+    for path in SOURCES:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+        assert imported & {p.stem for p in SOURCES} <= below.get(path.name, {"common", "chat", "envs", "tables"})
+
+
+OUR_PROCESS = """
+        worker, env = Path(__file__).with_name("math_worker.py"), {k: v for k, v in os.environ.items() if "PATH" in k}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process: Any = subprocess.Popen([sys.executable, str(worker)], 0, env=env, start_new_session=True, **pipes)
+"""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_no_code_of_a_model_or_dataset_is_ever_run(path):
-    """Names that execute or unpickle. (`runpy` runs a file of the user's, named as --dataset.)"""
+    """Names that execute or unpickle. (`runpy` runs a file of the user's, named as --dataset.) One process is started:
+    of a file of ours, with these very lines."""
     banned = {"eval", "exec", "compile", "__import__", "pickle", "dill", "sympify", "parse_expr", "popen", "Popen"}
-    for node in ast.walk(ast.parse(path.read_text())):
+    assert path.read_text().count(OUR_PROCESS) == (path.name == "grading.py")
+    for node in ast.walk(ast.parse(path.read_text().replace(OUR_PROCESS, "\n"))):
         if isinstance(node, ast.Call):
             assert not (isinstance(node.func, ast.Name) and node.func.id in banned)
             assert not any(k.arg in ("shell", "trust_remote_code") for k in node.keywords)
@@ -69,16 +75,6 @@ def test_no_code_of_a_model_or_dataset_is_ever_run(path):
             assert ast.unparse(node) != "torch.load"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             assert not {alias.name for alias in node.names} & banned
-
-
-def test_arrows_point_one_way():
-    """Scripts use what is shared; common uses the other three; no script uses another."""
-    for path in SOURCES:
-        imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
-        below = {"chat.py": set(), "engines.py": {"chat"}, "packing.py": {"chat"}, "envs.py": {"chat"}}
-        below |= {"common.py": {"chat", "engines", "packing", "envs"}}
-        allowed = below.get(path.name, {"common", "chat", "envs"})
-        assert imported & {p.stem for p in SOURCES} <= allowed
 
 
 def commands():
@@ -112,7 +108,7 @@ def test_links_paths_and_functions_exist(doc):
             assert anchor in slugs, f"{path}#{anchor}"
     for path in re.findall(r"`((?:models|tests|training_guide|benchmarks|\.ci)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
-    modules = SCRIPTS | {"common": common, "chat": chat, "engines": engines, "packing": packing, "envs": envs}
+    modules = {path.stem: importlib.import_module(path.stem) for path in SOURCES if path.stem != "math_worker"}
     for module, name in re.findall(rf"`({'|'.join(modules)})\.(\w+)`", text if doc.name != "CHANGELOG.md" else ""):
         assert name == "py" or hasattr(modules[module], name), f"{module}.{name}"
 
@@ -120,7 +116,8 @@ def test_links_paths_and_functions_exist(doc):
 @pytest.mark.parametrize("script", GUIDES)
 def test_guides_name_flags_metrics_and_functions(script):
     """Rows of a table of flags read: | `--flag` | `default` | words |. Each detail names the function that holds it."""
-    text, source = guide(script), (ROOT / f"{script}.py").read_text()
+    text = (ROOT / "training_guide" / f"{GUIDES[script]}.md").read_text()
+    source = (ROOT / f"{script}.py").read_text()
     defaults = {f.name: str(f.default) for f in dataclasses.fields(SCRIPTS[script].Args)}
     rows = re.findall(r"^\| `--([a-z-]+)` \| `([^`]*)` \|", text, re.MULTILINE)
     assert len(rows) > 5
@@ -134,10 +131,8 @@ def test_guides_name_flags_metrics_and_functions(script):
     assert [d for d in details if not re.search(r"`\w+\.\w+`|\(grpo\.md", d)] == []
 
 
-def test_the_readme_tells_the_command_that_ci_runs_and_the_files_there_are():
+def test_the_readme_and_the_wheel_have_the_files_there_are():
     readme = (ROOT / "README.md").read_text()
-    assert 'pip install -e ".[test]" && pytest' in readme
-    assert 'pip install --quiet -e ".[test]" && pytest' in (ROOT / ".ci" / "run").read_text()
     told = dict(re.findall(r"^(\w+\.py) +(\d+) lines ", readme, re.MULTILINE))
     assert told.keys() == {path.name for path in SOURCES}
     wheel = re.search(r"^only-include = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -164,4 +159,4 @@ def test_figures_of_the_results_are_those_of_their_files(row):
     folders = [RESULTS / name for name in re.findall(r"\]\(([\w.-]+)\)", runs)]
     evaluated = [[json.loads(line)["eval/accuracy"] for line in lines(folder / "metrics.jsonl")] for folder in folders]
     assert (before, after) == (shown([values[0] for values in evaluated]), shown([values[-1] for values in evaluated]))
-    assert all(json.loads((f / "args.json").read_text())["git_revision"].startswith(commit) for f in folders)
+    assert all(record_of(f)["git_revision"].startswith(commit) for f in folders)

@@ -8,6 +8,7 @@ import torch
 from capture import in_float64, puzzles
 from conftest import read_metrics
 from safetensors.torch import load_file
+from test_grpo import paper
 from test_invariance import SMALL, distance, launch
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,8 @@ import common
 from common import completion_seed, encode_prompt
 
 pytestmark = pytest.mark.slow
-PROMPTS, GROUP, TEMPERATURE, BETA, FLAT = 4, 4, 0.7, 0.1, [2]
+TEMPERATURE, FLAT = 0.7, [2]
+ROLLOUTS = ["--max-new-tokens", 12, "--temperature", TEMPERATURE]
 
 
 @pytest.fixture
@@ -29,13 +31,18 @@ def in_order_of_the_optimizer(model):
     return [p for p in parameters if p.ndim >= 2] + [p for p in parameters if p.ndim < 2]
 
 
-def recorded(folder, step):
-    tensors = load_file(folder / "run-0.safetensors")
-    return {k.removeprefix(f"{step}."): t for k, t in tensors.items() if k.startswith(f"{step}.")}
+def run(folder, script, *flags, **options):
+    """A step of the script in micro-batches: what tests/capture.py records, and the line of metrics."""
+    flags = [*SMALL, "--micro-batch-tokens", "150", *map(str, flags)]
+    launch([{"name": "run", "script": script, "flags": flags, "float64": True} | options], folder, processes=1)
+    (line,) = read_metrics(folder / "run")
+    return load_file(folder / "run-0.safetensors"), line
 
 
-def gradients(model):
-    return {str(i): p.grad for i, p in enumerate(in_order_of_the_optimizer(model))}
+def difference(model, recorded, step):
+    """Of the model's gradient and that of the recorded optimizer step."""
+    expected = {f"{step}.{i}": p.grad for i, p in enumerate(in_order_of_the_optimizer(model))}
+    return distance(expected, {name: tensor for name, tensor in recorded.items() if name.startswith(f"{step}.")})
 
 
 def logprobs_of(model, prompt, completion, temperature):
@@ -47,51 +54,39 @@ def logprobs_of(model, prompt, completion, temperature):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_two_updates_of_grpo(tmp_path, tokenizer, model, loss_type):
     """Both of --ppo-steps 2: with the KL term, at a temperature, with a group of equal rewards, in micro-batches."""
-    flags = [*SMALL, "--batch-size", PROMPTS, "--group-size", GROUP, "--max-new-tokens", 12]
-    flags += ["--temperature", TEMPERATURE]
-    flags += ["--kl-penalty", BETA, "--ppo-steps", 2, "--loss-type", loss_type, "--micro-batch-tokens", 150]
-    case = {"name": "run", "script": "grpo", "flags": [*map(str, flags)], "frozen": True, "float64": True, "flat": FLAT}
-    launch([case], tmp_path, processes=1)
-
-    drawn = load_file(tmp_path / "run-0.safetensors")
-    rows, sequences = common.data_order(16, 1, 0, PROMPTS), []
-    for p, row in enumerate(rows):
+    flags = ["--batch-size", 4, "--group-size", 4, *ROLLOUTS, "--loss-type", loss_type, "--clip-eps-high", 0.3]
+    flags += ["--kl-penalty", 0.1, "--ppo-steps", 2]
+    recorded, metrics = run(tmp_path, "grpo", *flags, frozen=True, flat=FLAT)
+    drawn, rewards = [], []
+    for p, row in enumerate(common.data_order(16, 1, 0, 4)):
         env = puzzles(FLAT)[row]
         prompt = encode_prompt(tokenizer, env.prompt)
-        group = [drawn[f"completion.{completion_seed(1, 1, p * GROUP + g)}"].tolist() for g in range(GROUP)]
-        rewards = [env.get_reward(tokenizer.decode(ids, skip_special_tokens=True)) for ids in group]
-        mean = sum(rewards) / GROUP
-        deviation = (sum((r - mean) ** 2 for r in rewards) / (GROUP - 1)) ** 0.5
-        for ids, reward in zip(group, rewards, strict=True):
-            sequences.append((prompt, ids, (reward - mean) / (deviation + 1e-4)))
-    tokens = sum(len(ids) for _, ids, _ in sequences)
+        group = [recorded[f"completion.{completion_seed(1, 1, 4 * p + g)}"].tolist() for g in range(4)]
+        rewards.append([env.get_reward(tokenizer.decode(ids, skip_special_tokens=True)) for ids in group])
+        drawn += [(prompt, ids) for ids in group]
+    assert len(set(rewards[FLAT[0]])) == 1
 
     with torch.no_grad():
-        initial = [[lp.item() for lp in logprobs_of(model, p, ids, TEMPERATURE)] for p, ids, _ in sequences]
+        initial = [logprobs_of(model, prompt, ids, TEMPERATURE) for prompt, ids in drawn]
     optimizer = torch.optim.AdamW(in_order_of_the_optimizer(model), lr=1e-3, weight_decay=0.0)
     ratios = []
     for step in (1, 2):
         optimizer.zero_grad()
-        for (prompt, ids, advantage), before in zip(sequences, initial, strict=True):
-            terms = []
-            for new, old in zip(logprobs_of(model, prompt, ids, TEMPERATURE), before, strict=True):
-                ratio = (new - old).exp()
-                ratios.append(ratio.item())
-                surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
-                terms.append(surrogate - BETA * ratio * ((old - new).exp() - (old - new) - 1))
-            whole = {"dapo": tokens, "grpo": len(ids) * len(sequences), "dr_grpo": len(sequences) * 12}[loss_type]
-            (-sum(terms) / whole).backward()
-        assert distance(gradients(model), recorded(tmp_path, step)) < (1e-9 if step == 1 else 1e-7)
+        sequences = []
+        for (prompt, ids), before in zip(drawn, initial, strict=True):
+            now = logprobs_of(model, prompt, ids, TEMPERATURE)
+            sequences.append([(new, old, old, 1.0) for new, old in zip(now, before, strict=True)])
+        paper(sequences, rewards, loss_type=loss_type, beta=0.1, max_new_tokens=12).backward()
+        ratios.append([(new - old).exp().item() for tokens in sequences for new, old, *_ in tokens])
+        assert difference(model, recorded, step) < (1e-9 if step == 1 else 1e-7)
         optimizer.step()
-    (line,) = read_metrics(tmp_path / "run")
-    assert line["policy/ratio_mean"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-9)
-    assert max(ratios[tokens:]) > 1.28  # the second update clips
-    assert line["policy/clip_frac"] > 0
+    assert metrics["policy/ratio_mean"] == pytest.approx(sum(map(sum, ratios)) / 2 / len(ratios[0]), rel=1e-9)
+    assert max(ratios[1]) > 1.3  # the second update clips
+    assert metrics["policy/clip_frac"] > 0
 
 
 def test_a_step_of_sft(tmp_path, tokenizer, model):
-    flags = [*SMALL, "--batch-size", "8", "--micro-batch-tokens", "150"]
-    launch([{"name": "run", "script": "sft", "flags": flags, "float64": True}], tmp_path, processes=1)
+    recorded, metrics = run(tmp_path, "sft", "--batch-size", 8)
     logprobs = []
     for row in common.data_order(16, 1, 0, 8):
         env = puzzles([])[row]
@@ -99,23 +94,20 @@ def test_a_step_of_sft(tmp_path, tokenizer, model):
         logprobs += logprobs_of(model, encode_prompt(tokenizer, env.prompt), answer, 1.0)
     loss = -sum(logprobs) / len(logprobs)
     loss.backward()
-    assert distance(gradients(model), recorded(tmp_path, 1)) < 1e-9
-    assert read_metrics(tmp_path / "run")[0]["loss/total"] == pytest.approx(loss.item(), rel=1e-9)
+    assert difference(model, recorded, 1) < 1e-9
+    assert metrics["loss/total"] == pytest.approx(loss.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("estimator", ["full", "sampled"])
 def test_a_step_of_distillation(tmp_path, tokenizer, model, estimator):
     """Student and teacher at a temperature, in micro-batches, against sums over tokens and vocabulary."""
-    flags = [*SMALL, "--batch-size", 8, "--max-new-tokens", 12, "--temperature", TEMPERATURE, "--loss", estimator]
-    flags = [*map(str, flags), "--micro-batch-tokens", "150"]
-    case = {"name": "run", "script": "onpolicy_distill", "flags": flags, "frozen": True, "float64": True}
-    launch([case], tmp_path, processes=1)
-    teacher = AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny-teacher"], dtype=torch.float64)
-    teacher = in_float64(teacher)
-    drawn, terms, value = load_file(tmp_path / "run-0.safetensors"), [], 0.0
+    flags = ["--batch-size", 8, *ROLLOUTS, "--loss", estimator]
+    recorded, metrics = run(tmp_path, "onpolicy_distill", *flags, frozen=True)
+    teacher = in_float64(AutoModelForCausalLM.from_pretrained(common.BUNDLED["tiny-teacher"], dtype=torch.float64))
+    terms, value, entropy = [], 0.0, 0.0
     for b, row in enumerate(common.data_order(16, 1, 0, 8)):
         prompt = encode_prompt(tokenizer, puzzles([])[row].prompt)
-        ids = drawn[f"completion.{completion_seed(1, 1, b)}"].tolist()
+        ids = recorded[f"completion.{completion_seed(1, 1, b)}"].tolist()
         whole, last = torch.tensor([prompt + ids]), len(prompt) - 1
         students = (model(whole).logits[0, last:-1] / TEMPERATURE).log_softmax(-1)
         with torch.no_grad():
@@ -124,6 +116,8 @@ def test_a_step_of_distillation(tmp_path, tokenizer, model, estimator):
             ratio = (p[token] - q[token]).item()
             terms.append((p.exp() * (p - q)).sum() if estimator == "full" else ratio * p[token])
             value += terms[-1].item() if estimator == "full" else ratio
+            entropy -= (q.exp() * q).sum().item()
     (sum(terms) / len(terms)).backward()
-    assert distance(gradients(model), recorded(tmp_path, 1)) < 1e-9
-    assert read_metrics(tmp_path / "run")[0]["loss/reverse_kl"] == pytest.approx(value / len(terms), rel=1e-9)
+    assert difference(model, recorded, 1) < 1e-9
+    assert metrics["loss/reverse_kl"] == pytest.approx(value / len(terms), rel=1e-9)
+    assert metrics["teacher/entropy"] == pytest.approx(entropy / len(terms), rel=1e-9)

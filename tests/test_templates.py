@@ -1,13 +1,15 @@
 """What trains of a conversation is what the assistant wrote and its stop tokens, in every family of chat templates.
 
-The templates are small ones in the styles of the families; what should train of them is written out by hand.
+tests/templates/ holds small ones in the styles of the families; what should train of them is written out by hand.
 """
 
 import copy
 import itertools
+import json
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -19,133 +21,52 @@ from envs import UserError
 
 @dataclass
 class Style:
-    template: str
+    """An entry of tests/templates/styles.json."""
+
     special: str  # tokens; the first is the BOS token, if the template writes one
     stop: str  # what trains after the last turn
     middle: str | None = None  # after an earlier one; None: the same
     trims: bool = False  # the template strips the texts
     system: bool = True
     strips_right: bool = False  # its special tokens swallow the white space that follows
+    rewrites: bool = False  # the template drops some thinking
 
 
-TURNS = "{% for m in messages %}"
+TEMPLATES = ROOT / "tests" / "templates"
+STYLES = {name: Style(**style) for name, style in json.loads((TEMPLATES / "styles.json").read_text()).items()}
 
 
-def turns(each, prompt="", before=""):
+def turns(each, prompt="<|im_start|>assistant\n"):
     """A template that writes each message alike."""
-    return before + TURNS + each + "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    return "{% for m in messages %}" + each + "{% endfor %}{% if add_generation_prompt %}" + prompt + "{% endif %}"
 
 
 CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-QWEN3 = """{% set ns = namespace(last_user=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}{% endfor %}
-{%- for m in messages %}
-{%- if m.role == 'assistant' %}
-  {%- set thought = '' %}{% set answer = m.content %}
-  {%- if '</think>' in answer %}
-    {%- set thought = answer.split('</think>')[0].split('<think>')[-1].strip('\n') %}
-    {%- set answer = answer.split('</think>')[-1].lstrip('\n') %}
-  {%- endif %}
-  {{- '<|im_start|>assistant\n' }}
-  {%- if loop.index0 > ns.last_user and (loop.last or thought) %}
-    {{- '<think>\n' + thought + '\n</think>\n\n' + answer.lstrip('\n') }}
-  {%- else %}{{ answer }}{% endif %}
-{%- else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endif %}
-{{- '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
-LLAMA3 = "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-GEMMA = "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-BE_HELPFUL = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
-LLAMA2 = "{% if m.role == 'user' %}<s>[INST] {{ m.content.strip() }} [/INST]"
-LLAMA2 += "{% elif m.role == 'assistant' %} {{ m.content.strip() }} </s>{% endif %}"
-DEEPSEEK = "{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}<｜Assistant｜>"
-DEEPSEEK += "{{ m.content.split('</think>')[-1] }}<｜end▁of▁sentence｜>{% else %}{{ m.content }}{% endif %}"
-VICUNA = "{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>"
-GPT_OSS = "<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}"
-CLOSES_TWICE = "<|{{ m.role }}|>{% if m.role == 'assistant' %}<|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|>"
-CLOSES_TWICE += "{% else %}{{ m.content }}{% endif %}<|END_OF_TURN|>"
-OLMO = "<|im_start|>{{ m.role }}\n{{ m.content }}"
-OLMO += "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>\n' }}"
-QWEN15 = "<|im_start|>{{ m.role }}\n{{ m.content }}{% if not loop.last or m.role == 'user' %}<|im_end|>\n{% endif %}"
-GPT_OSS += "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
-STYLES = {
-    "qwen2.5": Style(
-        turns(CHATML, "<|im_start|>assistant\n", BE_HELPFUL), "<|im_start|> <|im_end|> <|endoftext|>", "<|im_end|>"
-    ),
-    "qwen3": Style(QWEN3, "<|im_start|> <|im_end|> <think> </think>", "<|im_end|>"),
-    "llama3": Style(
-        turns(LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\n", "{{ bos_token }}"),
-        "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
-        "<|eot_id|>",
-        trims=True,
-    ),
-    "gemma": Style(
-        turns(GEMMA, "<start_of_turn>model\n", "{{ bos_token }}" + NO_SYSTEM),
-        "<bos> <start_of_turn> <end_of_turn>",
-        "<end_of_turn>",
-        trims=True,
-        system=False,
-    ),
-    "llama2, a space before the stop token": Style(turns(LLAMA2), "<s> </s>", " </s>", trims=True, system=False),
-    "phi3, tokens that swallow the line's end": Style(
-        turns("<|{{ m.role }}|>\n{{ m.content }}<|end|>\n", "<|assistant|>\n"),
-        "<|user|> <|assistant|> <|system|> <|end|> <|endoftext|>",
-        "<|end|>",
-        strips_right=True,
-    ),
-    "deepseek": Style(
-        turns(DEEPSEEK, "<｜Assistant｜><think>\n", "{{ bos_token }}"),
-        "<｜begin▁of▁sentence｜> <｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>",
-        "<｜end▁of▁sentence｜>",
-    ),
-    "vicuna, headers that are text": Style(
-        turns(VICUNA + "{% else %}{{ m.content }} {% endif %}", "ASSISTANT: "), "<s> </s>", "</s>"
-    ),
-    "glm4, without an end of turn": Style(
-        turns("<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n", "[gMASK]<sop>"),
-        "[gMASK] <sop> <|user|> <|assistant|> <|system|>",
-        "",
-    ),
-    "gpt-oss, which ends earlier turns without stopping": Style(
-        turns(GPT_OSS, "<|start|>assistant"),
-        "<|start|> <|channel|> <|message|> <|end|> <|return|>",
-        "<|return|>",
-        middle="<|end|>",
-    ),
-    "command, which closes the text and the turn": Style(
-        turns(CLOSES_TWICE, "<|assistant|>"),
-        "<|user|> <|assistant|> <|system|> <|START_RESPONSE|> <|END_RESPONSE|> <|END_OF_TURN|>",
-        "<|END_RESPONSE|><|END_OF_TURN|>",
-    ),
-    "olmo, whose last turn has an end of its own": Style(
-        turns(OLMO, "<|im_start|>assistant\n", BE_HELPFUL),
-        "<|im_start|> <|im_end|> <|endoftext|>",
-        "<|endoftext|>",
-        middle="<|im_end|>",
-    ),
-    "qwen1.5, whose last turn has none": Style(
-        turns(QWEN15, "<|im_start|>assistant\n"), "<|im_start|> <|im_end|>", "", middle="<|im_end|>"
-    ),
-}
 
 
-def with_template(tokenizer, style):
+def with_template(tokenizer, template):
     tokenizer = copy.deepcopy(tokenizer)
-    extra = [AddedToken(t, special=True, rstrip=style.strips_right, normalized=False) for t in style.special.split()]
-    tokenizer.add_tokens(extra, special_tokens=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def styled(tokenizer, template, style):
+    tokenizer = with_template(tokenizer, template)
+    options = {"special": True, "rstrip": style.strips_right, "normalized": False}
+    tokenizer.add_tokens([AddedToken(token, **options) for token in style.special.split()], special_tokens=True)
     tokenizer.bos_token = style.special.split()[0]
     tokenizer.eos_token = style.stop.strip() or style.special.split()[-1]
-    tokenizer.chat_template = style.template
     return tokenizer
+
+
+def in_every_style(tokenizer):
+    return {name: styled(tokenizer, (TEMPLATES / f"{name}.jinja").read_text(), style) for name, style in STYLES.items()}
 
 
 @pytest.fixture(scope="module")
 def by_bytes(tokenizer):
     """A token a byte: what trains can be compared to the character."""
-    return {name: with_template(tokenizer, style) for name, style in STYLES.items()}
+    return in_every_style(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +79,7 @@ def by_merges():
     text = "".join(f"user\n{w} assistant\n{w} |>\n{w} ASSISTANT: {w}\n\n{w}.\n" for w in words) * 9
     options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=600, **options))
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    return {name: with_template(plain, style) for name, style in STYLES.items()}
+    return in_every_style(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +93,7 @@ def by_pieces():
     special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([text * 9], trainer)
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    return {name: with_template(plain, style) for name, style in STYLES.items()}
+    return in_every_style(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
 
 
 def chat(*texts, system=None):
@@ -226,12 +145,10 @@ def test_a_prompt_is_the_beginning_of_its_conversation_also_in_parts(tokenizer):
 
 def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokenizer, tmp_path):
     mine = tmp_path / "mine.jinja"
-    mine.write_text("\ufeff{{ begin }}" + TURNS + "{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}")
+    mine.write_text("\ufeff{{ begin }}" + turns("{{ m.role }}>{{ m.content }}<|im_end|>", ""))
     given = load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
-    assert trained(given, chat("a", "b")) == ["b<|im_end|>"]
-    ids, _ = encode_chat(given, chat("a", "b"))
-    assert given.decode(ids).startswith("!!user>a")
-    assert given.decode(encode_prompt(given, chat("a"))).startswith("!!user>a")
+    assert given.decode(encode_chat(given, chat("a", "b"))[0]) == "!!user>a<|im_end|>assistant>b<|im_end|>"
+    assert given.decode(encode_prompt(given, chat("a"))) == "!!user>a<|im_end|>"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"has no chat template: pass --chat-template FILE\.jinja"):
@@ -240,114 +157,45 @@ def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokeni
         load_tokenizer("tiny", "missing.jinja")
 
 
-def test_tool_messages_and_consecutive_turns(by_bytes):
-    tool, yes = {"role": "tool", "content": "call() gave Yes"}, {"role": "assistant", "content": "Yes"}
-    assert trained(by_bytes["qwen2.5"], [*chat("Hi", "call()"), tool, yes]) == ["call()<|im_end|>", "Yes<|im_end|>"]
-    twice = [*chat("Hi", "Yes"), {"role": "assistant", "content": "No"}]
-    assert trained(by_bytes["qwen2.5"], twice) == ["Yes<|im_end|>", "No<|im_end|>"]
-    headless = copy.deepcopy(by_bytes["qwen2.5"])
-    headless.chat_template = TURNS + "{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match="once, after a header"):
-        trained(headless, twice)
+MASKS = json.loads((TEMPLATES / "masks.json").read_text())
 
 
-def test_thinking_trains_where_the_template_keeps_it(by_bytes):
-    qwen3, deepseek = by_bytes["qwen3"], by_bytes["deepseek"]
-    thought = "<think>\nhm\n</think>\n\nYes"
-    assert trained(qwen3, chat("Hi", thought)) == [thought + "<|im_end|>"]  # the generation prompt does not begin it
-    # An earlier turn loses its thinking; a last one without any gets an empty one, which the template wrote.
-    assert trained(qwen3, chat("Hi", thought, "Bye", "No")) == ["Yes<|im_end|>", "No<|im_end|>"]
-    assert trained(qwen3, chat("Hi", "No", "Bye", thought)) == ["No<|im_end|>", thought + "<|im_end|>"]
-    assert trained(qwen3, chat("Hi", "Yes"), enable_thinking=False) == ["Yes<|im_end|>"]
-    more = [{"role": "tool", "content": "x"}, {"role": "assistant", "content": thought}]
-    assert trained(qwen3, chat("Hi", "<think>a</think>call()") + more) == [
-        "<think>\na\n</think>\n\ncall()<|im_end|>",
-        thought + "<|im_end|>",
-    ]
-    assert trained(by_bytes["qwen2.5"], chat("Hi", thought, "Bye", "No")) == [thought + "<|im_end|>", "No<|im_end|>"]
-    assert trained(deepseek, chat("Hi", thought)) == ["\n\nYes<｜end▁of▁sentence｜>"]  # dropped everywhere
-
-
-def test_thinking_among_what_the_template_writes(by_bytes):
-    """A header before it and tags that the template always writes do not train; nor do words that are the user's."""
-    glm = copy.deepcopy(by_bytes["glm4, without an end of turn"])
-    keeps = "{% set parts = m.content.split('</think>') %}<|assistant|>\n<think>"
-    keeps += "{{ parts[0][7:].strip() if loop.last and parts | length > 1 }}</think>\n{{ parts[-1].strip() }}"
-    user = "<|user|>\n{{ m.content }}"
-    glm.chat_template = TURNS + "{% if m.role == 'user' %}" + user + "{% else %}" + keeps + "{% endif %}{% endfor %}"
-    glm.chat_template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    hm = "<think>hm</think>Yes"
-    assert trained(glm, chat("Hi", hm)) == ["<think>hm</think>\nYes"]
-    assert trained(glm, chat("Hi", "Yes")) == ["Yes"]
-    assert trained(glm, chat("Hi", hm, "Bye", "No")) == ["Yes", "No"]
-    assert trained(glm, chat("hm", hm, "hm", hm)) == ["Yes", "<think>hm</think>\nYes"]
-    glm.chat_template = glm.chat_template.replace("<|assistant|>{% endif %}", "<|assistant|>\n<think>{% endif %}")
-    assert trained(glm, chat("hm", hm, "hm", hm)) == ["Yes", "hm</think>\nYes"]  # the prompt writes the tag
+@pytest.mark.parametrize("case", MASKS, ids=lambda case: case["why"])
+def test_tools_and_thinking(by_bytes, case):
+    template = (TEMPLATES / f"{case['template']}.jinja").read_text()
+    tokenizer = with_template(by_bytes[case.get("tokens_of", case["template"])], template)
+    messages = chat(*case["texts"])
+    for message, role in zip(messages, case.get("roles", []), strict=False):
+        message["role"] = role
+    assert trained(tokenizer, messages, **case.get("arguments", {})) == case["trains"]
 
 
 def test_thinking_that_generation_cannot_reach_trains_where_it_stands_verbatim_only(by_bytes):
-    tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
-    tokenizer.chat_template = turns(CHATML, "<|im_start|>ai\n")
+    tokenizer = with_template(by_bytes["qwen2.5"], turns(CHATML, "<|im_start|>ai\n"))
     for answer in ("Yes", "<think>hm</think>Yes"):
         assert trained(tokenizer, chat("Hi", answer)) == [answer + "<|im_end|>"]
-    tokenizer = copy.deepcopy(by_bytes["qwen3"])
-    prompt = "assistant\n' }}\n{%- if enable"
-    tokenizer.chat_template = tokenizer.chat_template.replace(prompt, prompt.replace("assistant", "ai"))
+    turn, _, rest = by_bytes["qwen3"].chat_template.rpartition("<|im_start|>assistant\n")
     with pytest.raises(UserError, match="does not lead to the thinking of assistant turn 1"):
-        trained(tokenizer, chat("Hi", "<think>hm</think>Yes"))
-
-
-TAGS = [  # wherever the tags stand, a template that keeps a text as it is trains all of it
-    "<think>\n\n</think>\n\n4",
-    "It writes <think> before them and </think> after them.",
-    "</think>4",
-    "<think>a</think>b<think>c</think>d",
-    "4 <think>",
-]
-
-
-@pytest.mark.parametrize("answer", TAGS)
-def test_a_text_that_stands_verbatim_trains_whole_wherever_its_tags_are(by_bytes, answer):
-    for name in ("qwen2.5", "glm4, without an end of turn", "gpt-oss, which ends earlier turns without stopping"):
-        style = STYLES[name]
-        messages = chat("Does <think> think hm?", answer, "hm </think>", answer)
-        assert trained(by_bytes[name], messages) == expected(style, [answer, answer])
+        trained(with_template(by_bytes["qwen3"], f"{turn}<|im_start|>ai\n{rest}"), chat("Hi", "<think>hm</think>Yes"))
 
 
 # ---- Refused
 
-UNMASKABLE = {  # the text of a turn, and more -> the reason
-    "{{ m.content | upper }}<|im_end|>{% endfor %}": "rewrites assistant turn 1",
-    "{{ m.content }}{{ m.content | length }}<|im_end|>{% endfor %}": "rewrites assistant turn 1",
-    "{{ 'x' * (loop.first and messages[-1].content | length > 4) }}:{{ m.content }}{% endfor %}": "rewrites assistant",
-    "{{ m.content }}{% endfor %}{{ 'x' * (messages[-1].content | length - 3) }}": "something else",
-    "{% if loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}": "each of 2 assistant turns",
-    "{{ m.content }}{{ m.content }}{% endfor %}": "each of 2 assistant turns once",
-    "{{ m.content }}{% endfor %}{{ raise_exception('no') }}": "refuses the conversation: no",
-    "{{ m.content }}{% endfor %}{{ messages + 1 }}": "refuses the conversation: can only concatenate list",
-    "{{ m.content }}": "refuses the conversation: ",
-}
 
-
-@pytest.mark.parametrize("template", UNMASKABLE)
-def test_templates_that_cannot_be_masked_are_refused_with_the_reason(by_bytes, template):
-    tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
-    tokenizer.chat_template = TURNS + "<|im_start|>" * ("loop" not in template) + template
-    with pytest.raises(UserError, match=UNMASKABLE[template]):
-        trained(tokenizer, chat("Hi", "Yes, yes", "Bye", "No more"))
+@pytest.mark.parametrize("case", (TEMPLATES / "unmaskable.txt").read_text().splitlines())
+def test_templates_that_cannot_be_masked_are_refused_with_the_reason(by_bytes, case):
+    template, _, reason = case.rpartition(" -> ")
+    with pytest.raises(UserError, match=reason):
+        trained(with_template(by_bytes["qwen2.5"], template), chat("Hi", "Yes, yes", "Bye", "No more"))
 
 
 def test_which_token_stops(by_bytes):
     """The last one of what closes a last turn; not one that also stands inside of a turn."""
     wanted = {name: style.stop.strip() for name, style in STYLES.items()}
-    wanted["qwen1.5, whose last turn has none"] = "<|im_end|>"
-    wanted["command, which closes the text and the turn"] = "<|END_OF_TURN|>"
+    wanted |= {"qwen1.5": "<|im_end|>", "command": "<|END_OF_TURN|>"}
     assert {name: ends_of_turns(*cache_key(by_bytes[name], {})).stop for name in STYLES} == wanted
-    kimi = copy.deepcopy(by_bytes["qwen2.5"])
+    kimi = with_template(by_bytes["qwen2.5"], (TEMPLATES / "kimi.jinja").read_text())
     kimi.add_tokens(["<|open|>", "<|close|>", "<|sep|>"], special_tokens=True)
-    each = "<|open|>{{ m.role }}<|sep|>{% set parts = m.content.split('</think>') %}{% if parts | length > 1 %}"
-    each += "<|open|>think<|sep|>{{ parts[0][7:] }}<|close|>{% endif %}{{ parts[-1] }}<|close|>"
-    kimi.chat_template = turns(each, "<|open|>assistant<|sep|>")
     ends = ends_of_turns(*cache_key(kimi, {}))
     assert (ends.last, ends.stop) == ("<|close|>", "")
     assert stop_token_ids(GenerationConfig(), kimi) == [2]  # the tokenizer's own, and not <|close|>
@@ -364,8 +212,6 @@ def test_turns_with_weight_0_do_not_train_and_their_end_neither(by_bytes):
         assert trained(by_bytes[name], messages) == [first]
     parts = [{"type": "text", "text": "Ye", "loss": False}, {"type": "text", "text": "s"}]
     assert trained(by_bytes["qwen2.5"], chat("Hi", parts, "Bye", "No")) == ["No<|im_end|>"]
-    with pytest.raises(UserError, match=r"must be 0, 1, false or true, for a whole turn, not \[0.5\]"):
-        trained(by_bytes["qwen2.5"], [*chat("Hi"), {"role": "assistant", "content": "a", "weight": 0.5}])
 
 
 DROPS = {  # a template that leaves a message out -> a conversation of that kind
@@ -377,8 +223,7 @@ DROPS = {  # a template that leaves a message out -> a conversation of that kind
 
 @pytest.mark.parametrize("each", DROPS)
 def test_a_message_that_the_template_drops_is_told(by_bytes, each):
-    tokenizer, messages = copy.deepcopy(by_bytes["qwen2.5"]), DROPS[each]
-    tokenizer.chat_template = turns(each, "<|im_start|>assistant\n")
+    tokenizer, messages = with_template(by_bytes["qwen2.5"], turns(each)), DROPS[each]
     with pytest.raises(UserError, match=r"drops the (tool|developer|system) message of"):
         encode_chat(tokenizer, messages)
     if messages[0]["role"] == "system":  # generation has it
@@ -389,18 +234,13 @@ def test_a_message_that_the_template_drops_is_told(by_bytes, each):
     assert trained(tokenizer, chat("a", "b")) == ["b<|im_end|>"]
 
 
-def test_contents_as_parts_where_the_template_takes_nothing_else(by_bytes):
-    tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
+def test_a_template_that_takes_parts_only_or_writes_no_line_for_an_empty_text(by_bytes):
     each = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
-    tokenizer.chat_template = turns(each, "<|im_start|>assistant\n")
-    assert trained(tokenizer, chat("Hi", "Yes", "Bye", "No")) == ["Yes<|im_end|>", "No<|im_end|>"]
-
-
-def test_an_empty_text_for_which_the_template_writes_no_line(by_bytes):
-    tokenizer = copy.deepcopy(by_bytes["qwen2.5"])
-    text = "{% if m.content.strip() %}{{ '\n' + m.content }}{% endif %}"
-    tokenizer.chat_template = turns(CHATML.replace("\n{{ m.content }}", text), "<|im_start|>assistant")
-    assert trained(tokenizer, chat("Hi", "", "Bye", "No")) == ["<|im_end|>", "No<|im_end|>"]
+    parts_only = with_template(by_bytes["qwen2.5"], turns(each))
+    assert trained(parts_only, chat("Hi", "Yes", "Bye", "No")) == ["Yes<|im_end|>", "No<|im_end|>"]
+    each = CHATML.replace("\n{{ m.content }}", "{{ '\n' + m.content if m.content.strip() }}")
+    no_line = with_template(by_bytes["qwen2.5"], turns(each, "<|im_start|>assistant"))
+    assert trained(no_line, chat("Hi", "", "Bye", "No")) == ["<|im_end|>", "No<|im_end|>"]
 
 
 # ---- Tokens that reach over borders
@@ -418,10 +258,10 @@ def test_a_token_over_a_border_belongs_where_it_ends(by_merges, name):
         for start, end, keep in zip([0, *ends], ends, mask, strict=False):
             assert keep == any(a < end <= b for a, b in spans)
             across += any(start < a < end for a, _ in spans)
-    assert across > 0 or not name.startswith("vicuna")  # whose header ends in a space
+    assert across > 0 or name != "vicuna"  # whose header ends in a space
 
 
-@pytest.mark.parametrize("name", ["llama2, a space before the stop token", "gemma", "vicuna, headers that are text"])
+@pytest.mark.parametrize("name", ["llama2", "gemma", "vicuna"])
 def test_pieces_with_spaces_of_their_own(by_pieces, name):
     style, tokenizer = STYLES[name], by_pieces[name]
     for answers in (("yes", "no no"), ("perhaps, oh yes!", "🙂 no"), ("Да", "yes\nno")):
@@ -437,29 +277,14 @@ NASTY = [  # a header, whole turns, the user's texts, sentinels, white space, no
     *("Hi", "Bye", "\u29830\u2984 \u29831\u2984", " \n\t Yes \n\n", "", "\n \n", "Yes</s> and <|end|> and <|return|>"),
     "{{ messages }}{% endfor %}",
 ]
-PARTS = [
-    "<think>",
-    "</think>",
-    *"ab \n\t{%<|>:",
-    "é",
-    "🙂",
-    "अ",
-    "USER: ",
-    "ASSISTANT: ",
-    "<|im_end|>",
-    "user\n",
-    "\u29830\u2984",
-]
-TEXT = st.sampled_from(NASTY) | st.lists(st.sampled_from(PARTS), max_size=8).map("".join)
-
-
-REWRITES = ["qwen3", "deepseek"]  # thinking
+PARTS = ["<think>", "</think>", "USER: ", "ASSISTANT: ", "<|im_end|>", "user\n", "\u29830\u2984"]
+TEXT = st.sampled_from(NASTY) | st.lists(st.sampled_from([*PARTS, *"ab \n\t{%<|>:é🙂अ"]), max_size=8).map("".join)
 SETTINGS = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @SETTINGS
 @given(
-    name=st.sampled_from([name for name in STYLES if name not in REWRITES]),
+    name=st.sampled_from([name for name in STYLES if not STYLES[name].rewrites]),
     texts=st.lists(TEXT, min_size=2, max_size=7),
     system=st.none() | TEXT,
 )
@@ -474,12 +299,19 @@ def test_random_conversations_train_their_texts_and_stop_tokens(by_bytes, name, 
 
 
 @SETTINGS
-@given(name=st.sampled_from(REWRITES), texts=st.lists(TEXT, min_size=2, max_size=7))
+@given(
+    name=st.sampled_from([name for name in STYLES if STYLES[name].rewrites]),
+    texts=st.lists(TEXT, min_size=2, max_size=7),
+)
 def test_random_conversations_with_templates_that_rewrite_thinking(by_bytes, name, texts):
     """What follows the last `</think>` trains, whatever else the template keeps; never a word of the user."""
     style, tokenizer = STYLES[name], by_bytes[name]
     asked = ["§" + text if i % 2 == 0 else text.replace("§", "") for i, text in enumerate(texts)]
-    runs = trained(tokenizer, chat(*asked))
+    try:
+        runs = trained(tokenizer, chat(*asked))
+    except UserError:  # an answer that begins as the prompt's thinking does can't be told from it
+        assert any("</think>" in text and "<think>" in text.rpartition("</think>")[2] for text in asked[1::2])
+        return
     answers = [text.rpartition("</think>")[2].lstrip("\n") + style.stop for text in asked[1::2]]
     assert "§" not in "".join(runs)
     assert all(run.endswith(answer) for run, answer in zip(runs, answers, strict=True))
