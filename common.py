@@ -816,16 +816,20 @@ class Run:
         return Evaluator(engine, self.tokenizer, problems, self.args.max_new_tokens)
 
     def look(self, rows: Encoded, which: str = "", count: int = LOOK) -> list[int]:
-        """Which of the first rows can be used. Says what was left out so far, in red if it is more than one in 100."""
+        """Which of the first rows can be used. Says what was left out."""
         try:
             kept = rows.look(count)
         except UserError as error:
             raise UserError(f"{which}{error}") from error
+        self.say_dropped(rows, which)
+        return kept
+
+    def say_dropped(self, rows: Encoded, which: str = "") -> None:
+        """What was left out so far, in red if it is more than one row in 100."""
         if report := rows.report():
             few = len(rows.dropped) <= 0.01 * rows.seen.sum()
             self.say(f"{which}{report}", "yellow" if few else "bold red")
             self.dropped.append(f"{which}{report}")
-        return kept
 
     def rows(self, step: int, encoded: Encoded, repeats: int = 1) -> list[int]:
         """This process's rows at a step, each `repeats` times in a row."""

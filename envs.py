@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from chat import Message, UserError, check_messages, check_tools, from_json, has_parts, loading, shorten
 from grading import MATH_WORKER, after_thinking, as_text, last_boxed, parse_number, same_answer
@@ -125,7 +125,7 @@ def grader_note(dataset: Any) -> str:
 OPERANDS = {"add": "+", "sub": "-", "mult": "*", "div": "/"}
 
 
-class MathDataset(torch.utils.data.Dataset):
+class MathDataset(Dataset):
     """Distinct problems `a + b`, at most `num_samples`, both operands from `min_val` to `max_val`, ends included.
 
     `operand` is add, sub, mult or div, whose answers are fractions in lowest terms: `7/3`. Train and eval share no
@@ -217,7 +217,7 @@ def load_dataset(
         if None in parts:
             return None
         mixed = mix(parts, [float(weight) for weight in weights])
-        return mixed if num_samples is None else subset(mixed, np.arange(min(num_samples, len(mixed))))
+        return mixed if num_samples is None else Subset(mixed, range(len(mixed))[:num_samples])
     if split == "own":
         split = "train" if is_file(name) else "eval"
     elif split == "eval" and part is None and is_file(name):
@@ -248,14 +248,10 @@ def load_dataset(
         with loading(f"the split {part}"):
             pieces = datasets.ReadInstruction.from_spec(part).to_absolute({found: len(envs)})
             rows = np.concatenate([rows[piece.from_ : piece.to] for piece in pieces])
-    rows = rows[:num_samples]
-    if not len(rows):
+    kept: Any = rows[:num_samples]
+    if not len(kept):
         raise UserError(f"{name}: no rows")
-    return envs if len(rows) == len(envs) else subset(envs, rows)
-
-
-def subset(dataset: Any, rows: Any) -> Any:
-    return torch.utils.data.Subset(dataset, rows)
+    return envs if len(kept) == len(envs) else Subset(envs, kept)
 
 
 def is_file(name: str) -> bool:
@@ -269,8 +265,11 @@ def mix(parts: list[Any], weights: list[float]) -> Any:
         raise UserError(f"weights of datasets must be above 0, and not a million times another: {weights}")
     size = max(len(part) / weight for part, weight in zip(parts, weights, strict=True))
     counts = [max(round(size * weight), len(part)) for part, weight in zip(parts, weights, strict=True)]
-    repeated = [subset(part, np.arange(n) % len(part)) for part, n in zip(parts, counts, strict=True)]
-    return torch.utils.data.ConcatDataset(repeated)
+    repeated = []
+    for part, count in zip(parts, counts, strict=True):
+        rows: Any = np.arange(count) % len(part)
+        repeated.append(Subset(part, rows))
+    return ConcatDataset(repeated)
 
 
 def as_environments(dataset: Any, where: str) -> Any:
@@ -320,6 +319,7 @@ def row_to_env(row: Any, unread: set[str] | None = None) -> EnvBase:
     system, tools, template_args = take("system"), take("tools"), from_json(take("chat_template_kwargs") or {})
     if not isinstance(template_args, dict) or template_args.keys() & {"messages", "conversation", "tokenize"}:
         raise UserError(f"chat_template_kwargs must be an object of arguments, not {template_args!r}")
+    template_args = dict(template_args)  # the row stays as it is
     tools = tools or template_args.pop("tools", None)
     if prompt is None:
         raise UserError(f"neither messages nor prompt, question, problem or instruction in {columns}")

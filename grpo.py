@@ -339,7 +339,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         metrics |= run.evaluate(step, evaluator)
         run.log(step, metrics, records)
         run.save(step)
-    run.look(prompts)  # what was left out in the end
+    run.say_dropped(prompts)
     run.finish()
 
 

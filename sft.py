@@ -183,8 +183,10 @@ def inspect(args: Args, dataset: Any = None) -> None:
     rows, unread = conversations.look(args.inspect), tables.unread_columns(dataset)
     console = Console(highlight=False, soft_wrap=True)
     lines = chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config))
-    lines += [line for line in (conversations.report(), f"not read   {', '.join(unread)}" if unread else "") if line]
-    console.print(*lines, sep="\n", markup=False)
+    lines.append(conversations.report())
+    if unread:
+        lines.append(f"not read   {', '.join(unread)}")
+    console.print(*filter(None, lines), sep="\n", markup=False)
     for row in rows:
         console.print(show(tokenizer, *conversations[row]), end="\n\n")
 
@@ -270,7 +272,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             metrics |= evaluate(step)
         run.log(step, metrics)
         run.save(step)
-    run.look(conversations)
+    run.say_dropped(conversations)
     run.finish()
 
 

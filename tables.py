@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from chat import UserError, loading
 
 LOOK = 1000  # rows that are looked at before a run begins
 
 
-class Rows:
+class Rows(Dataset):
     """Environments of rows, such as those of a table on the disk, each made when it is asked for.
 
     Raises a UserError for a malformed row: of the first ones at once, of others when they are asked for.
