@@ -29,10 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -45,11 +44,12 @@ from transformers.utils.logging import disable_progress_bar
 import chat
 import envs
 import packing
+import weights
 from chat import BUNDLED, UserError
 from chat import encode_chat as encode_chat
 from chat import encode_prompt as encode_prompt
 from engines import Completion as Completion
-from engines import HFEngine, VLLMEngine, completion_seed, merged_weights
+from engines import HFEngine, VLLMEngine, completion_seed
 from tables import LOOK, Encoded, Rows, parts_of, unread_columns
 
 HEAD_LOGITS = 2**25  # logits that exist at a time: 128 MB in float32
@@ -135,10 +135,11 @@ def join_processes() -> Accelerator:
     """This process among the launcher's, whose own settings (mixed precision, accumulation) change nothing."""
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
         if os.environ.get(name, "false").lower() in ("1", "true"):
-            raise UserError(f"{name} is set: not supported, take accelerate launch --multi_gpu")
+            raise UserError(f"{name} is set: not supported, take accelerate launch --multi_gpu, and --shard for FSDP")
     try:
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         options: dict[str, Any] = {"mixed_precision": "no", "gradient_accumulation_steps": 1, "dynamo_backend": "no"}
+        options |= {"kwargs_handlers": [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]}  # no second copy
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), **options)
     except (ValueError, KeyError, RuntimeError) as error:
         words = "are RANK, LOCAL_RANK, WORLD_SIZE left over from a launcher? unset them"
@@ -195,7 +196,7 @@ def pick_compute(args: Any, device: torch.device) -> tuple[torch.dtype, int]:
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if args.dtype == "bf16" or (args.dtype == "auto" and has_bf16) else torch.float32
     # A GPU wants large passes; a CPU is as fast with small ones, which take less memory.
-    return dtype, args.micro_batch_tokens or (4096 if device.type == "cuda" else 512)
+    return dtype, args.micro_batch_tokens or (4096 if device.type == "cuda" else 384)
 
 
 def load_model(
@@ -254,19 +255,19 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
     """What trains, wrapped for all processes; and its AdamW: matrices decay, vectors (norms, biases) do not."""
     torch.manual_seed(run.args.seed)  # of random weights; nothing else draws from torch's generator
     if run.args.lora_rank:
-        run.model = load_model(chat.base_of(run.source), run.device, run.args.attn, run.dtype)
-        run.adapter = add_adapter(run)
+        run.model = load_model(chat.base_of(run.source), run.load_device, run.args.attn, run.dtype)
+        run.adapter = weights.add_adapter(run)
     else:
-        run.model = load_model(run.source, run.device, run.args.attn, from_scratch=from_scratch)
+        run.model = load_model(run.source, run.load_device, run.args.attn, from_scratch=from_scratch)
     count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    check_memory(run, count)
-    run.lm = ChunkedLM(run.model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn)
+    weights.check_memory(run, count)
+    run.lm = chunked_lm(run, run.model)
     freeze_unreached(run)
     if run.args.gradient_checkpointing:
         run.model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in run.model.modules():  # these alone in training mode, in which others may do something random
             module.training = getattr(module, "gradient_checkpointing", False)
-    run.policy = run.accelerator.prepare(run.lm)
+    run.policy = run.lm if run.args.shard else run.accelerator.prepare(run.lm)
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": run.args.weight_decay}
     vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
@@ -275,57 +276,16 @@ def load_policy(run: "Run", from_scratch: bool = False) -> nn.Module:
         state: dict[int, dict[str, Tensor]] = {}
         with chat.loading(f"{run.checkpoint}/optimizer.safetensors"):
             moments = load_file(run.checkpoint / "optimizer.safetensors")
+        in_order = [p for group in run.optimizer.param_groups for p in group["params"]]
         for key, value in moments.items():
             index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = weights.like(in_order[int(index)], value)
         run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
     frozen = run.model.num_parameters() - count
     on = f" on {frozen / 1e6:.1f} M frozen ones in {run.dtype}" if run.args.lora_rank else ""
     words = f"{run.source}: {count / 1e6:.1f} M float32 weights{on}, {run.lm.batches}"
     run.say(f"model      {words}", attention=run.lm.batches)
     return run.policy
-
-
-def add_adapter(run: "Run") -> Any:
-    """LoRA (https://arxiv.org/abs/2106.09685) on all linear layers but the head, in float32; what it adapts is frozen.
-
-    A fresh adapter adds nothing: its second matrix is 0. Raises a UserError for a source of another rank.
-    """
-    peft, rank, alpha = importlib.import_module("peft"), run.args.lora_rank, run.args.lora_alpha
-    if chat.base_of(run.source) == BUNDLED.get(run.source, run.source):
-        return peft.get_peft_model(run.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
-    with chat.loading(f"the adapter {run.source}"):
-        adapter = peft.PeftModel.from_pretrained(run.model, run.source, is_trainable=True)
-        config: Any = adapter.peft_config["default"]
-        if (config.r, config.lora_alpha) != (rank, alpha):
-            words = f"--lora-rank {config.r} --lora-alpha {config.lora_alpha:g}"
-            raise ValueError(f"go on with it by {words}, or train its merged weights by --lora-rank 0")
-    return adapter
-
-
-def check_memory(run: "Run", count: int) -> None:
-    """Raises a UserError when gradients and moments of `count` weights and the activations of a pass will not fit."""
-    text = run.model.config.get_text_config()
-    wide = 5 if run.args.gradient_checkpointing else 80  # bytes a token, layer and hidden unit, as measured
-    activations = run.micro_batch_tokens * text.num_hidden_layers * text.hidden_size * wide
-    weights = count * (12 if run.processes == 1 else 16)  # gradients, two moments, the buckets of many processes
-    free = free_memory(run.device)
-    if weights + activations > free:
-        parts = f"{weights / 1e9:.1f} GB for gradients and moments, {activations / 1e9:.1f} GB for a pass"
-        advice = "--gradient-checkpointing, a lower --micro-batch-tokens, or --lora-rank 16"
-        raise UserError(f"{run.source} needs {parts}, {free / 1e9:.1f} GB are free: try {advice}")
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a GPU has left, or on a CPU this container or machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, KeyError):  # no such files, or no limit: "max"
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))  # of files that were read, and can go
-    return free
 
 
 def load_reference(run: "Run") -> Any:
@@ -345,10 +305,15 @@ def load_reference(run: "Run") -> Any:
 
 def load_frozen(run: "Run", name: str, role: str) -> "ChunkedLM":
     """A model that only scores: the reference of a KL term, or a teacher."""
-    model = load_model(name, run.device, run.args.attn, run.dtype)
-    lm = ChunkedLM(model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn)
+    model = load_model(name, run.load_device, run.args.attn, run.dtype).requires_grad_(False)
+    lm = chunked_lm(run, model)
     run.say(f"{role:10} {name}: {model.num_parameters() / 1e6:.1f} M {run.dtype} weights, frozen, {lm.batches}")
-    return lm.requires_grad_(False)
+    return lm
+
+
+def chunked_lm(run: "Run", model: Any) -> "ChunkedLM":
+    split_on = run.device if run.args.shard else None
+    return ChunkedLM(model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn, split_on)
 
 
 def make_engine(run: "Run") -> Any:
@@ -374,10 +339,19 @@ class ChunkedLM(nn.Module):
     All is inside `forward`, which a wrapper for many processes synchronises. Rows of the head beyond V are padding.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype = torch.float32, vocab_size: int | None = None, attn: str = ""):
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype = torch.float32,
+        vocab_size: int | None = None,
+        attn: str = "",
+        split_on: torch.device | None = None,
+    ):
         super().__init__()
         self.model, self.dtype = model, dtype
         self.vocab_size = vocab_size or model.config.get_text_config().vocab_size
+        if split_on is not None:
+            weights.split(self, model, split_on)
         self.kernel: Callable[..., Tensor] | None = None  # None: batches are padded
         self.batches = f"padded batches, {model.config._attn_implementation} attention"
         kernels = [packing.pick_kernel(attn, model.device, dtype), (packing.loop_of_sdpa, "sdpa")]
@@ -571,7 +545,7 @@ def optimizer_step(run: "Run", step: int, lr: float, loss: float) -> float:
 
     Raises a FloatingPointError, on every process and before a weight changes, when the norm is NaN or infinite.
     """
-    grad_norm = nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.max_grad_norm).item()
+    grad_norm = weights.whole(nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.max_grad_norm)).item()
     if not math.isfinite(grad_norm):
         losses = enumerate(gather_object([loss]))
         bad = [f"the loss is {value} on process {i}" for i, value in losses if not math.isfinite(value)]
@@ -676,7 +650,7 @@ WARNINGS = {  # metric -> its limit, and what to say above it
     "completion/truncated_frac": (0.5, "most completions are cut at --max-new-tokens: raise it, or none ever stops"),
 }
 FREE_TO_CHANGE = {"num_steps", "saving_steps", "logging_steps", "eval_steps", "micro_batch_tokens"}  # on resume
-FREE_TO_CHANGE |= {"resume", "output_dir", "enable_wandb", "wandb_project", "wandb_run_name", "compare"}
+FREE_TO_CHANGE |= {"shard", "resume", "output_dir", "enable_wandb", "wandb_project", "wandb_run_name", "compare"}
 
 
 class Run:
@@ -698,6 +672,9 @@ class Run:
         self.dropped: list[str] = []  # what was said of rows that were left out
         self.received_signal = self.updated = 0  # none; the step of the last update
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
+        if args.shard and self.processes == 1:
+            raise UserError("--shard splits a model over several processes: start it by accelerate launch or torchrun")
+        self.load_device = torch.device("cpu") if args.shard else self.device  # split, it need not fit on one device
         self.is_main = self.accelerator.is_main_process
         self.console = Console(quiet=not self.is_main, highlight=False, soft_wrap=True, markup=False)
         self.console.on_broken_pipe = functools.partial(print_nothing, self.console)  # rich would exit
@@ -930,9 +907,8 @@ class Run:
 
     def finish(self) -> None:
         """`final/`, the very weights that were evaluated last, and each evaluation metric before and after."""
-        on_main_process(
-            self.accelerator, publish, self.folder / "final", functools.partial(save_model, self, final=True), self.step
-        )
+        write = functools.partial(save_model, self, tensors=weights_to_save(self), final=True)
+        on_main_process(self.accelerator, publish, self.folder / "final", write, self.step)
         minutes = (time.perf_counter() - self.started) / 60
         self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
@@ -983,9 +959,12 @@ def check_same_flags(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """args.json of a folder to go on with. Raises a UserError if it is broken, or says other things than `record`."""
     with chat.loading(f"{folder / 'args.json'}, which says how it was started"):
         before = dict(json.loads((folder / "args.json").read_text()))
-    changed = []
+    changed, free = [], set(FREE_TO_CHANGE)
+    sizes = [flags.get("batch_size", 0) * flags.get("num_processes", 1) for flags in (before, record)]
+    if sizes[0] == sizes[1]:  # the same work, cut in another way
+        free |= {"batch_size", "num_processes"}
     for name, value in record.items():
-        if name not in FREE_TO_CHANGE and before.get(name, value) != value:
+        if name not in free and before.get(name, value) != value:
             changed.append(f"--{name.replace('_', '-')} {before[name]} -> {value}")
     if changed:
         raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
@@ -1001,18 +980,10 @@ def print_nothing(console: Console) -> None:
 
 def git_revision() -> str | None:
     """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository, or without git."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).resolve().parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--match=",
-    ]
-    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
-    return found.strip() or None
+    if shutil.which("git") is None:
+        return None
+    git, here = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="], Path(__file__).resolve().parent
+    return subprocess.run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -1090,32 +1061,43 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
     return None, 0
 
 
-def save_model(run: Run, folder: Path, final: bool = False) -> None:
+def weights_to_save(run: Run) -> dict[str, Tensor] | None:
+    """Of a split model, which takes all processes to gather; another one is saved as it is."""
+    if not run.args.shard:
+        return None
+    named = weights.own_tensors(run.model) if run.adapter is None else weights.own_tensors(run.adapter, "lora_")
+    return weights.collect(named, run.is_main)
+
+
+def save_model(run: Run, folder: Path, tensors: dict[str, Tensor] | None = None, final: bool = False) -> None:
     """A Hugging Face model folder: float32 weights, for a smaller dtype would round small updates away; tokenizer, chat
     template, and the source's generation config, which replaces the library's.
 
     With LoRA it is the adapter; a `final` one the merged weights, with the adapter in a folder of its own.
     """
     if run.adapter is None:
-        run.model.save_pretrained(folder)
-    elif final:
-        run.model.save_pretrained(folder, state_dict=dict(merged_weights(run.model)))
-        config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        run.adapter.save_pretrained(folder / "adapter")
+        run.model.save_pretrained(folder, state_dict=tensors)
+    elif not final:
+        run.adapter.save_pretrained(folder, state_dict=tensors)
     else:
-        run.adapter.save_pretrained(folder)
+        run.adapter.save_pretrained(folder / "adapter", state_dict=tensors)
+        if run.args.shard:
+            merged = load_model(str(folder / "adapter"), torch.device("cpu"))
+        else:  # in place, which takes no second copy: nothing trains any more
+            merged = run.adapter.cpu().float().merge_and_unload()
+        merged.save_pretrained(folder)
     run.model.source_generation_config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(run: Run) -> None:
     """`step_<n>` of the run's last step, by the first process. Keeps two."""
+    tensors, state = weights_to_save(run), run.optimizer.state_dict()["state"]
+    moments = weights.collect(((f"{i}.{key}", state[i][key]) for i in state for key in state[i]), run.is_main)
 
     def write(folder: Path) -> None:
-        save_model(run, folder)
-        state = run.optimizer.state_dict()["state"]
-        save_file({f"{i}.{key}": state[i][key] for i in state for key in state[i]}, folder / "optimizer.safetensors")
+        save_model(run, folder, tensors)
+        save_file(moments, folder / "optimizer.safetensors")
 
     def publish_and_prune() -> None:
         target = run.folder / f"step_{run.step}"

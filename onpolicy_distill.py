@@ -55,6 +55,8 @@ class Args:
     """train adapters of this rank on a frozen model; 0: train all weights"""
     lora_alpha: float = 32
     """what adapters add is multiplied by lora_alpha / lora_rank"""
+    shard: bool = False
+    """split weights, gradients and moments over the processes (FSDP2); else each of them holds all"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None

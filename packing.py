@@ -112,7 +112,7 @@ def pack(input_ids: Tensor, loss_mask: Tensor) -> tuple[dict[str, Any], tuple[Te
 
 @torch.no_grad()
 def try_packing(lm: Any, kernel: Callable[..., Tensor]) -> bool:
-    """Makes `packed_attention` the model's, if packed sequences then get the states that padded ones do.
+    """Makes `packed_attention` the model's, if packed sequences then get the logits that padded ones do.
 
     Not where layers mix neighbours (recurrent ones), nor where a window is applied by a mask only: windows are cut
     to two tokens here, so that eight show them.
@@ -122,6 +122,7 @@ def try_packing(lm: Any, kernel: Callable[..., Tensor]) -> bool:
         return False
     rows = [[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 8, 7, 6, 5], [9, 8, 7, 1, 2, 3, 5, 4]]
     ids = torch.tensor(rows, device=lm.model.device)
+    inputs = (ids, torch.ones_like(ids), torch.ones_like(ids), 1.0, lambda logits, _targets: (logits,))
     parts = [part for part in (config, *lm.model.modules()) if getattr(part, "sliding_window", 0)]
     windows, before = [part.sliding_window for part in parts], lm.model.config._attn_implementation
     transformers.AttentionInterface.register("packed", packed_attention)
@@ -129,10 +130,10 @@ def try_packing(lm: Any, kernel: Callable[..., Tensor]) -> bool:
     try:
         for part in parts:
             part.sliding_window = 2
-        expected = lm.states(ids, torch.ones_like(ids), torch.ones_like(ids))
+        (expected,) = lm(*inputs)
         lm.model.set_attn_implementation("packed")
         lm.kernel = kernel
-        error = (lm.states(ids, torch.ones_like(ids), torch.ones_like(ids)) - expected).norm() / expected.norm()
+        error = (lm(*inputs)[0] - expected).norm() / expected.norm()
     except (TypeError, ValueError, RuntimeError, KeyError):  # it hands `packing` to no attention function
         pass
     for part, window in zip(parts, windows, strict=True):

@@ -52,6 +52,8 @@ class Args:
     """train adapters of this rank on a frozen model; 0: train all weights"""
     lora_alpha: float = 32
     """what adapters add is multiplied by lora_alpha / lora_rank"""
+    shard: bool = False
+    """split weights, gradients and moments over the processes (FSDP2); else each of them holds all"""
     gradient_checkpointing: bool = False
     """recompute activations in backward: less memory, about a third more time"""
     chat_template: str | None = None
@@ -183,9 +185,7 @@ def inspect(args: Args, dataset: Any = None) -> None:
     rows, unread = conversations.look(args.inspect), tables.unread_columns(dataset)
     console = Console(highlight=False, soft_wrap=True)
     lines = chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config))
-    lines.append(conversations.report())
-    if unread:
-        lines.append(f"not read   {', '.join(unread)}")
+    lines += [conversations.report(), f"not read   {', '.join(unread)}" if unread else ""]
     console.print(*filter(None, lines), sep="\n", markup=False)
     for row in rows:
         console.print(show(tokenizer, *conversations[row]), end="\n\n")

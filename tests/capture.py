@@ -30,6 +30,7 @@ import common
 import grpo
 import onpolicy_distill
 import sft
+import weights
 from envs import EnvBase
 
 SCRIPTS = {"grpo": grpo, "onpolicy_distill": onpolicy_distill, "sft": sft}
@@ -96,12 +97,13 @@ def capture(case: dict, out: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     steps, reductions = 0, 0
     load_model, generate, micro_batches = common.load_model, common.HFEngine.generate, common.micro_batches
-    add_adapter = common.add_adapter
+    add_adapter = weights.add_adapter
     states, adamw_step, forward = common.ChunkedLM.states, torch.optim.AdamW.step, DistributedDataParallel.forward
 
     def load_and_cast(*args, **kwargs):
-        model = load_model(*args, **kwargs)
-        return in_float64(model) if case.get("float64") else model
+        if not case.get("float64"):
+            return load_model(*args, **kwargs)
+        return in_float64(load_model(*args[:3], torch.float64, **kwargs))
 
     def add_and_cast(run):
         return with_random_adapter(add_adapter(run))
@@ -125,7 +127,7 @@ def capture(case: dict, out: Path) -> None:
     def record_and_step(self, *args, **kwargs):
         nonlocal steps
         steps += 1
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        grads = [weights.whole(p.grad) for group in self.param_groups for p in group["params"]]
         tensors.update({f"{steps}.{i}": grad.clone() for i, grad in enumerate(grads)})
         return adamw_step(self, *args, **kwargs)
 
@@ -141,7 +143,7 @@ def capture(case: dict, out: Path) -> None:
     args = tyro.cli(script.Args, args=flags)
     with (
         mock.patch.object(common, "load_model", load_and_cast),
-        mock.patch.object(common, "add_adapter", add_and_cast),
+        mock.patch.object(weights, "add_adapter", add_and_cast),
         mock.patch.object(common.HFEngine, "generate", generate_and_record),
         mock.patch.object(common, "micro_batches", cut),
         mock.patch.object(common.ChunkedLM, "states", states_of_left_padded if case.get("padding") else states),

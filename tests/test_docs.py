@@ -14,7 +14,7 @@ SCRIPTS = {name: importlib.import_module(name) for name in ("sft", "grpo", "onpo
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
 CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240}
 CEILINGS |= {"common.py": 1130, "chat.py": 610, "engines.py": 250, "packing.py": 170, "tables.py": 220}
-CEILINGS |= {"envs.py": 460, "grading.py": 150, "math_worker.py": 45, "README.md": 140}
+CEILINGS |= {"weights.py": 150, "envs.py": 460, "grading.py": 150, "math_worker.py": 45, "README.md": 140}
 RESULTS = ROOT / "training_guide" / "results"
 DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "models" / "README.md", RESULTS / "README.md"]
 DOCS += sorted((ROOT / "training_guide").glob("*.md"))
@@ -46,8 +46,8 @@ def test_two_scripts_differ_in_their_algorithms_only():
 def test_arrows_point_one_way():
     """Scripts use what is shared, common the other rooms; no script uses another."""
     below = {"chat.py": set(), "grading.py": set(), "math_worker.py": set(), "envs.py": {"chat", "grading", "tables"}}
-    below |= {"engines.py": {"chat"}, "packing.py": {"chat"}, "tables.py": {"chat"}}
-    below |= {"common.py": {"chat", "engines", "packing", "envs", "tables"}}
+    below |= {"engines.py": {"chat", "weights"}, "weights.py": {"chat"}, "packing.py": {"chat"}, "tables.py": {"chat"}}
+    below |= {"common.py": {"chat", "engines", "packing", "envs", "tables", "weights"}}
     for path in SOURCES:
         imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert imported & {p.stem for p in SOURCES} <= below.get(path.name, {"common", "chat", "envs", "tables"})

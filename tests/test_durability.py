@@ -19,7 +19,7 @@ import common
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")  # of sys.addaudithook
 
 
-def write_plain(_run, folder):
+def write_plain(_run, folder, _tensors):
     (folder / "model.safetensors").write_bytes(os.urandom(3000))
     (folder / "config.json").write_text("{}")
 
@@ -29,7 +29,8 @@ def save(tmp_path, monkeypatch):
     """The real save_checkpoint, with small plain files for the model."""
     monkeypatch.setattr(common, "save_model", write_plain)
     monkeypatch.setattr(common, "save_file", lambda state, path: path.write_bytes(b"moments"))
-    run = types.SimpleNamespace(folder=tmp_path, accelerator=Accelerator(cpu=True))
+    args = types.SimpleNamespace(shard=False)
+    run = types.SimpleNamespace(folder=tmp_path, accelerator=Accelerator(cpu=True), args=args, is_main=True)
     run.optimizer = types.SimpleNamespace(state_dict=lambda: {"state": {}})
 
     def save(step):
@@ -112,11 +113,11 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoint_before_it(tmp
     save_model, saved = common.save_model, []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(run, folder):
+    def fill(run, folder, *rest, **options):
         saved.append(folder)
         if len(saved) > 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        save_model(run, folder)
+        save_model(run, folder, *rest, **options)
 
     monkeypatch.setattr(common, "save_model", fill)
     flags = [*FAST[:4], "--num-steps", 5, "--saving-steps", 1, "--output-dir", tmp_path / "run"]

@@ -5,6 +5,7 @@ Gradients are captured from the real scripts by tests/capture.py, in float64 wit
 
 import itertools
 import json
+import shutil
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.slow
 SMALL = ["--num-steps", "1", "--max-grad-norm", "inf", "--learning-rate", "1e-3", "--warmup-steps", "0"]
 GRPO = [*SMALL, "--group-size", "4", "--max-new-tokens", "12"]
 LORA = ("grpo-dapo-kl", "sft", "distill-full")  # also by adapters
+SPLIT = (*LORA, "distill-sampled", "lora-grpo-dapo-kl", "lora-distill-full")  # also by two processes that share a model
 OBJECTIVES = {
     f"grpo-{loss}{'-kl' * kl}": ("grpo", [*GRPO, "--loss-type", loss, "--kl-penalty", f"{0.1 * kl}"])
     for loss in ("dapo", "grpo", "dr_grpo")
@@ -77,7 +79,9 @@ def runs(tmp_path_factory):
     cases = [case(o, o, 4, tokens=WHOLE) for o in OBJECTIVES]
     cases += [case(f"{o} {cut}", o, 4, **options) for o in OBJECTIVES for cut, options in CUTS.items()]
     launch(cases, alone, processes=1)
-    launch([case(o, o, 2, tokens="60") for o in OBJECTIVES], pair, processes=2)
+    cases = [case(o, o, 2, tokens="60") for o in OBJECTIVES]
+    cases += [case(f"split {o}", o, 2, tokens="60", flags=["--shard"]) for o in SPLIT]
+    launch(cases, pair, processes=2)
     return alone, pair
 
 
@@ -92,16 +96,40 @@ def test_one_process_cut_in_any_way(runs, objective, cut):
     assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_processes_equal_one_with_twice_the_batch(runs, objective):
-    """And talk once, in the last micro-batch, although each has several."""
+@pytest.mark.parametrize("name", [*OBJECTIVES, *(f"split {o}" for o in SPLIT)])
+def test_two_processes_equal_one_with_twice_the_batch(runs, name):
+    """And where each has the whole model they talk once, in the last micro-batch, although each has several."""
     alone, pair = runs
-    gradients, metrics = result(alone, objective)
+    gradients, metrics = result(alone, name.removeprefix("split "))
     for rank in (0, 1):
-        other_gradients, other_metrics = result(pair, objective, rank)
+        other_gradients, other_metrics = result(pair, name, rank)
         assert distance(gradients, other_gradients) < 1e-9
-        assert load_file(pair / f"{objective}-{rank}.safetensors")["reductions"] == 1
+        assert load_file(pair / f"{name}-{rank}.safetensors")["reductions"] == (not name.startswith("split"))
     assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-12)
+
+
+def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
+    """From two that share the model to one that has it, and from one to two: five steps are five steps."""
+    objectives = [*LORA, "lora-grpo-dapo-kl"]
+
+    def go_on(name, processes, steps):
+        flags = ["--num-steps", steps, "--lr-schedule", "constant", "--saving-steps", "3", "--resume"]
+        flags += ["--shard"] if processes == 2 else []
+        cases = [case(o, o, 4 // processes, tokens="60", flags=flags) for o in objectives]
+        launch(cases, tmp_path / name, processes=processes)
+        finals = [sorted((tmp_path / name / o / "final").rglob("*model.safetensors"))[0] for o in objectives]
+        return [load_file(path) for path in finals]  # with LoRA the adapter, in float64
+
+    tmp_path.joinpath("one").mkdir()
+    straight = go_on("one", 1, "5")
+    for objective in objectives:
+        shutil.copytree(tmp_path / "one" / objective, tmp_path / "more" / objective)
+        shutil.rmtree(tmp_path / "more" / objective / "step_5")
+    tmp_path.joinpath("fewer").mkdir()
+    three = go_on("fewer", 2, "3")
+    for others in go_on("fewer", 1, "5"), go_on("more", 2, "5"):
+        for one, other, before in zip(straight, others, three, strict=True):
+            assert distance(one, other) < 1e-9 < 1e-6 < distance(one, before)
 
 
 def test_settings_of_the_launcher_change_nothing(runs, tmp_path, monkeypatch):

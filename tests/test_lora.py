@@ -11,8 +11,8 @@ from test_common import BATCH, padded
 from transformers import AutoModelForCausalLM
 
 import common
-import engines
 import sft
+import weights
 
 LORA = ["--lora-rank", 4]
 
@@ -32,7 +32,7 @@ def test_gradient_is_that_of_the_merged_model_projected_onto_the_adapters(run):
     lm, weights = common.ChunkedLM(in_float64(run.model)), torch.linspace(-1, 1, 11, dtype=torch.float64)
     (common.token_logprobs(lm, *padded(*BATCH)) * weights).sum().backward()
     merged = in_float64(common.load_model("tiny", torch.device("cpu")))
-    merged.load_state_dict(dict(engines.merged_weights(run.model)))
+    merged.load_state_dict(dict(weights.merged_weights(run.model)))
     (common.token_logprobs(common.ChunkedLM(merged), *padded(*BATCH)) * weights).sum().backward()
     seen = 0
     for name, layer in run.model.named_modules():
@@ -62,7 +62,7 @@ def test_a_fresh_adapter_changes_nothing_and_off_it_is_the_reference(run, tiny):
 def test_merged_weights_are_those_of_peft_and_leave_the_model_as_it_is(run):
     with_random_adapter(run.adapter)
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    ours = dict(engines.merged_weights(run.model))
+    ours = dict(weights.merged_weights(run.model))
     assert all(torch.equal(before[name], tensor) for name, tensor in run.model.state_dict().items())
     theirs = run.adapter.merge_and_unload().state_dict()
     assert ours.keys() == theirs.keys()
@@ -101,5 +101,5 @@ def test_an_adapter_trains_on_or_merged_but_not_at_another_rank_or_on_another_ba
 
 
 def test_what_will_not_fit_is_told_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "free_memory", lambda device: 10e6)
+    monkeypatch.setattr(weights, "free_memory", lambda device: 10e6)
     assert "GB for gradients and moments" in mistake(run_main("grpo.py", *FAST, "--output-dir", tmp_path / "run"))
