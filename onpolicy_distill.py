@@ -136,10 +136,14 @@ class Args:
     """of every random draw"""
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
+    enable_trackio: bool = False
+    """log to Trackio as well"""
     wandb_project: str | None = None
-    """None: the script's name"""
+    """of wandb and Trackio; None: the script's name"""
     wandb_run_name: str | None = None
-    """None: the run folder's name"""
+    """of wandb and Trackio; None: the run folder's name"""
+    push_to_hub: str | None = None
+    """upload final/ to this repo of the Hugging Face hub, such as me/my-model; a new one is private"""
 
 
 # B sequences (a completion each), T tokens, n trained tokens of a chunk, H hidden size, V tokens of the vocabulary

@@ -34,7 +34,6 @@ import chat
 import common
 import envs
 import tables
-from envs import UserError
 
 
 @dataclass
@@ -129,10 +128,14 @@ class Args:
     """of every random draw"""
     enable_wandb: bool = False
     """log to Weights & Biases as well"""
+    enable_trackio: bool = False
+    """log to Trackio as well"""
     wandb_project: str | None = None
-    """None: the script's name"""
+    """of wandb and Trackio; None: the script's name"""
     wandb_run_name: str | None = None
-    """None: the run folder's name"""
+    """of wandb and Trackio; None: the run folder's name"""
+    push_to_hub: str | None = None
+    """upload final/ to this repo of the Hugging Face hub, such as me/my-model; a new one is private"""
 
 
 # B sequences, T tokens. A loss is this call's share of the step's: shares of micro-batches and processes add up.
@@ -157,9 +160,9 @@ def encode(env: envs.EnvBase, tokenizer: Any, max_length: int) -> tuple[list[int
     target = {"role": "assistant", "content": target} if isinstance(target, str) else target
     ids, loss_mask = chat.encode_chat(tokenizer, [*prompt, target], **env.template_args)
     if len(ids) > max_length:
-        raise UserError(f"longer than {max_length:,} tokens")
+        raise chat.UserError(f"longer than {max_length:,} tokens")
     if not any(loss_mask[1:]):  # nothing predicts token 0
-        raise UserError("nothing to train")
+        raise chat.UserError("nothing to train")
     return ids, loss_mask
 
 
@@ -210,20 +213,17 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     run = common.Run(args, __file__, train_dataset, eval_dataset, bundled_lr=1e-3, real_lr=1e-5)
     if run.finished:
         return
-    tokenizer, accelerator = run.tokenizer, run.accelerator
     context = chat.context_length(run.config)
-    how = functools.partial(encode, tokenizer=tokenizer, max_length=min(args.max_length or context, context))
+    how = functools.partial(encode, tokenizer=run.tokenizer, max_length=min(args.max_length or context, context))
     conversations, eval_conversations = tables.Encoded(run.train_dataset, how), []
     run.look(conversations)
     if run.eval_dataset is not None:
         held_out = tables.Encoded(run.eval_dataset, how)
         eval_conversations = [held_out[row] for row in run.look(held_out, "evaluation: ", len(held_out))]
-    run.say(Text("example    ") + show(tokenizer, *conversations[0]))
+    run.say(Text("example    ") + show(run.tokenizer, *conversations[0]))
     envs.require_rewards((args.eval_sample_completions and run.eval_dataset) or [])
     policy = common.load_policy(run, from_scratch=args.from_scratch and run.checkpoint is None)
-    evaluator = None
-    if args.eval_sample_completions and run.eval_dataset is not None:
-        evaluator = run.evaluator(common.make_engine(run))
+    evaluator = run.evaluator(common.make_engine(run)) if args.eval_sample_completions and run.eval_dataset else None
     run.begin()
 
     def evaluate(step: int) -> dict[str, float]:
@@ -249,7 +249,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         sums: Any = Counter()  # its update() adds
         for mb in micro_batches:
             last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
-            with nullcontext() if last else accelerator.no_sync(policy):
+            with nullcontext() if last else run.accelerator.no_sync(policy):
                 logprobs = common.token_logprobs(policy, input_ids[mb], attention_mask[mb], loss_mask[mb])
                 loss, sums_of_pass = sft_loss(logprobs, loss_mask[mb], tokens)
                 common.backward(run, loss)

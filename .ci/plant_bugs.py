@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = "grpo sft onpolicy_distill templates tools envs rows grading lora runs common scripts checkpoint reference"
-SLOW = "architectures invariance processes durability"  # for what the first do not catch
+SLOW = "architectures invariance processes durability sharing"  # for what the first do not catch
 
 BUGS = r"""
 grpo.py
@@ -73,6 +73,9 @@ tables.py
     rows: a row that is left out stays ~ if self\.can_use\(row\):\n ~ if True:\n
     rows: an edit goes unseen ~ sha\.update\(hashlib.* ~ pass
     rows: the thread runs far ahead ~ if before is not None: ~ if False:
+sharing.py
+    hub: a new repo is public ~ token=True, private=True ~ token=True, private=False
+    hub: an upload that fails ends the run ~ except Exception as error:  # of whatever ~ except KeyError as error:  # of
 math_worker.py
     worker: strings are evaluated ~ LITERAL\.fullmatch\(code\)\[0\] ~ code
     worker: letters of a word in any order ~ not words and ~

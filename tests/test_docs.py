@@ -12,7 +12,7 @@ from conftest import ROOT, record_of
 
 SCRIPTS = {name: importlib.import_module(name) for name in ("sft", "grpo", "onpolicy_distill", "evaluate")}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
-CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240}
+CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240, "sharing.py": 110}
 CEILINGS |= {"common.py": 1130, "chat.py": 610, "engines.py": 250, "packing.py": 170, "tables.py": 220}
 CEILINGS |= {"weights.py": 150, "envs.py": 460, "grading.py": 150, "math_worker.py": 45, "README.md": 140}
 RESULTS = ROOT / "training_guide" / "results"
@@ -47,7 +47,8 @@ def test_arrows_point_one_way():
     """Scripts use what is shared, common the other rooms; no script uses another."""
     below = {"chat.py": set(), "grading.py": set(), "math_worker.py": set(), "envs.py": {"chat", "grading", "tables"}}
     below |= {"engines.py": {"chat", "weights"}, "weights.py": {"chat"}, "packing.py": {"chat"}, "tables.py": {"chat"}}
-    below |= {"common.py": {"chat", "engines", "packing", "envs", "tables", "weights"}}
+    below |= {"common.py": {"chat", "engines", "packing", "envs", "sharing", "tables", "weights"}}
+    below |= {"sharing.py": {"chat"}}
     for path in SOURCES:
         imported = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert imported & {p.stem for p in SOURCES} <= below.get(path.name, {"common", "chat", "envs", "tables"})

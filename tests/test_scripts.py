@@ -51,7 +51,7 @@ def test_grpo_writes_its_folder_and_says_how_it_goes(tmp_path):
 
 
 def test_the_log_divides_pairs_once_and_goes_on_without_wandb(make_run, monkeypatch, capsys):
-    """wandb gets what the log does until it fails. Steps between two of --logging-steps log what was evaluated."""
+    """A tracker gets what the log does until it fails. Steps between two of --logging-steps log what was evaluated."""
     started, logged = [], []
 
     def log(metrics, step):
@@ -59,7 +59,8 @@ def test_the_log_divides_pairs_once_and_goes_on_without_wandb(make_run, monkeypa
             raise ConnectionError("no route to host")
         logged.append({"step": step} | metrics)
 
-    fake = types.SimpleNamespace(init=lambda **options: started.append(options) or fake, log=log)
+    fake = types.SimpleNamespace(init=lambda **options: started.append(options) or fake, log=log, Table=dict)
+    fake.config, fake.__spec__ = types.SimpleNamespace(update=lambda *_, **__: None), "it is installed"
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = make_run(enable_wandb=True, logging_steps=2)
     run.begin()
@@ -73,6 +74,7 @@ def test_the_log_divides_pairs_once_and_goes_on_without_wandb(make_run, monkeypa
     assert others == [{"step": 5, "eval/accuracy": 0.25}, {"step": 7, "eval/accuracy": 0.5}]
     assert read_rows(run.folder / "completions.jsonl") == [{"step": 1, "completion": "a"}]
     assert (started[0]["project"], started[0]["name"], started[0]["resume"]) == ("grpo", "run", "allow")
+    one["completions"] = {"columns": ["step", "completion"], "data": [[1, "a"]], "allow_mixed_types": True}
     assert (logged, capsys.readouterr().out.count("wandb is off from here on")) == ([one], 1)
 
 
