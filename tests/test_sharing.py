@@ -10,8 +10,11 @@ import sys
 import threading
 
 import pytest
-from conftest import FAST, fine, mistake, read_metrics, read_rows, run_main, run_script
+from conftest import FAST, fine, mistake, read_metrics, read_rows, record_of, run_main, run_script
 from huggingface_hub import ModelCard
+
+import grpo
+import sharing
 
 SHORT = ["--num-steps", 2, "--batch-size", 2, "--max-new-tokens", 24, "--eval-samples", 4]
 
@@ -45,7 +48,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do(self):
         hub, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        hub.told[self.path] = body
+        hub.told.setdefault(self.path, []).append(body)
         answer, code = {}, 200
         if self.headers.get("Authorization") != "Bearer right" and self.command != "PUT":
             answer, code = {"error": "Invalid username or password."}, 401
@@ -63,7 +66,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "lfsFile":
-                    hub.files[line["value"]["path"]] = hub.told[f"/lfs/{line['value']['oid']}"]
+                    hub.files[line["value"]["path"]] = hub.told[f"/lfs/{line['value']['oid']}"][0]
             answer = {"commitUrl": f"{hub.url}/me/model/commit/1", "commitOid": "1"}
         elif "/commit/" in self.path:
             answer, code = {"error": "the disk is full"}, 500
@@ -98,8 +101,9 @@ def test_final_arrives_whole_in_a_private_repo_and_no_process_waits(hub, tmp_pat
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = fine(push(hub, tmp_path / "run", "--lora-rank", 2, launcher=launcher))
     assert done.stdout.splitlines()[-1] == f"pushed     {hub.url}/me/model"
-    created = json.loads(hub.told["/api/repos/create"])
-    assert (created["name"], created.get("visibility") == "private" or created["private"]) == ("model", True)
+    for asked in map(json.loads, hub.told["/api/repos/create"]):
+        assert asked["name"] == "model"
+        assert asked.get("visibility") == "private" or asked["private"]
     final = tmp_path / "run" / "final"
     here = {str(path.relative_to(final)): path.read_bytes() for path in final.rglob("*") if path.is_file()}
     assert hub.files == here
@@ -129,3 +133,6 @@ def test_the_card_says_what_a_model_was_made_from_and_how(tmp_path):
     assert f"| eval/accuracy | {before:.4f} | {after:.4f} |" in card.text
     (command,) = re.findall("^python grpo.py (.*)", card.text, re.MULTILINE)
     assert "--kl-penalty 0.1 --num-steps 2" in command
+    args = grpo.Args(model="org/base", dataset=f"org/rows:main:0.7,{tmp_path}/mine.jsonl:0.3")
+    data = ModelCard(sharing.model_card(args, record_of(tmp_path / "run"), {})).data
+    assert (data.base_model, data.datasets, data.license) == ("org/base", ["org/rows"], "unknown")
