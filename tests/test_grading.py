@@ -55,29 +55,16 @@ def test_spellings_of_one_answer_are_the_same_text(case, text_only):
         assert same_answer(first, other) == same_answer(other, first) == (" == " in case), other
 
 
-HOSTILE = {
-    "digits": r"\boxed{" + "9" * 1_000_000 + "}",
-    "powers": r"\boxed{9**9**9**9} \boxed{1e999999999}",
-    "open boxes": r"\boxed{" * 100_000,
-    "nested boxes": r"\boxed{" * 100_000 + "}" * 100_000,
-    "spaces": r"\boxed" + " " * 1_000_000,
-    "text": r"\boxed{" + r"\text{" * 100_000 + "}" * 100_001,
-    "fractions": r"\boxed{" + r"\frac{1}{2}" * 100_000 + "}",
-    "code": r"\boxed{__import__('os').system('touch hacked')}",
-    "nul": "\\boxed{\x00\ud800}",
-    "tower": r"\boxed{5^{5^{5^{5^5}}}}",
-    "hang": r"\boxed{\frac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16}}",
-    "factorial": r"\boxed{((10!)!)!}",
-    "parentheses": r"\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
-}
+HOSTILE = {row["name"]: row["parts"] for row in read_rows(ROOT / "tests" / "hostile.jsonl")}  # [text, how often]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_answers_are_wrong_and_quick(name, worker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    completion = "".join(text * count for text, count in HOSTILE[name])
     for answer in ("72", "some text", r"\sqrt{2}"):
         start = time.perf_counter()
-        assert MathEnv([], answer).get_reward(HOSTILE[name]) < 1.0
+        assert MathEnv([], answer).get_reward(completion) < 1.0
         assert time.perf_counter() - start < 4  # measured: 2.1 s, of which 2 are Math-Verify's where it hangs
     assert is_right(2)
     assert not list(tmp_path.iterdir())

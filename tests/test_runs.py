@@ -12,9 +12,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import FAST, fine, mistake, read_metrics, run_main, run_script, start_script, wait_for, write_rows
+from conftest import FAST, fine, mistake, read_metrics, run_main, start_script, wait_for, write_rows
 from safetensors.torch import load_file
 from test_architectures import tiny_model
+from test_processes import run_two
 
 import common
 import envs
@@ -183,11 +184,9 @@ def test_what_no_token_reaches_is_frozen_and_told(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     flags = ["--model", tmp_path / "model", *NEVER, "--num-steps", 1, "--num-samples", 8, "--learning-rate", 0.01]
     norms = []
-    for processes in (1, 2):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    for processes, run in ((1, run_main), (2, run_two)):
         folder = tmp_path / str(processes)
-        more = ["--batch-size", 4 // processes, "--output-dir", folder]
-        done = fine(run_script("sft.py", *flags, *more, launcher=launcher))
+        done = fine(run("sft.py", *flags, "--batch-size", 4 // processes, "--output-dir", folder))
         assert "parameters that no token reaches, the first model.layers" in done.stdout
         assert json.loads((folder / "args.json").read_text())["num_processes"] == processes
         norms.append(read_metrics(folder)[0]["optim/grad_norm"])
@@ -209,7 +208,7 @@ def make():
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return [EnvBase([{"role": "user", "content": str(x)}], x) for x in pool.map(work, [2, 4])]
 """)
-    done = fine(run_script("sft.py", "--dataset", f"{tmp_path / 'pooled.py'}:make", "--inspect", 2))
+    done = fine(run_main("sft.py", "--dataset", f"{tmp_path / 'pooled.py'}:make", "--inspect", 2))
     assert all(f"«{answer}<|im_end|>»" in done.stdout for answer in (1.0, 2.0))
 
 

@@ -29,7 +29,7 @@ def test_grpo_writes_its_folder_and_says_how_it_goes(tmp_path):
     template.write_text("{% for m in messages %}{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}assistant>")
     options = ["--kl-penalty", 0.1, "--ppo-steps", 2, "--loss-type", "dr_grpo", "--mask-truncated"]
     options += ["--gradient-checkpointing", "--chat-template", template]
-    done = fine(run_script("grpo.py", *SMALL, *options, "--output-dir", folder))
+    done = fine(run_main("grpo.py", *SMALL, *options, "--output-dir", folder))
     lines = read_metrics(folder)
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert lines[1].keys() >= METRICS
@@ -190,7 +190,7 @@ def test_a_broken_model_folder_is_one_line(tmp_path, case):
 
 def test_in_a_real_terminal_a_mistake_leaves_no_traceback_and_a_bug_does():
     assert "unset them" in mistake(run_script("grpo.py", env=os.environ | {"LOCAL_RANK": "0"}))  # of a launcher
-    done = run_script("sft.py", "--operand", "pow")
+    done = run_main("sft.py", "--operand", "pow")
     assert (done.returncode, "Traceback" in done.stdout + done.stderr) == (2, False)
     with pytest.raises(ZeroDivisionError):
         common.run(lambda args: 1 / args, 0)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import fine, read_metrics, record_of, run_main, run_script, write_rows
+from conftest import fine, read_metrics, record_of, run_main, write_rows
 
 import common
 import sft
@@ -81,7 +81,7 @@ def test_script_trains_multi_turn_messages_and_logs(tmp_path):
     long = {"messages": [*turns[:2], turns[2] | {"content": "c" * 600}, turns[3]]}
     data = write_rows(tmp_path / "chats.jsonl", *[{"messages": turns}] * 4, long)
     flags = ["--dataset", data, "--eval-dataset", data, "--num-steps", 3, "--batch-size", 2, "--logging-steps", 1]
-    fine(run_script("sft.py", *flags, "--output-dir", tmp_path / "run"))
+    fine(run_main("sft.py", *flags, "--output-dir", tmp_path / "run"))
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert lines[3]["eval/ce_loss"] < lines[0]["eval/ce_loss"]

@@ -161,22 +161,17 @@ MASKS = json.loads((TEMPLATES / "masks.json").read_text())
 
 
 @pytest.mark.parametrize("case", MASKS, ids=lambda case: case["why"])
-def test_tools_and_thinking(by_bytes, case):
+def test_what_trains_of_tools_thinking_and_odd_templates(by_bytes, case):
     template = (TEMPLATES / f"{case['template']}.jinja").read_text()
     tokenizer = with_template(by_bytes[case.get("tokens_of", case["template"])], template)
     messages = chat(*case["texts"])
     for message, role in zip(messages, case.get("roles", []), strict=False):
         message["role"] = role
-    assert trained(tokenizer, messages, **case.get("arguments", {})) == case["trains"]
-
-
-def test_thinking_that_generation_cannot_reach_trains_where_it_stands_verbatim_only(by_bytes):
-    tokenizer = with_template(by_bytes["qwen2.5"], turns(CHATML, "<|im_start|>ai\n"))
-    for answer in ("Yes", "<think>hm</think>Yes"):
-        assert trained(tokenizer, chat("Hi", answer)) == [answer + "<|im_end|>"]
-    turn, _, rest = by_bytes["qwen3"].chat_template.rpartition("<|im_start|>assistant\n")
-    with pytest.raises(UserError, match="does not lead to the thinking of assistant turn 1"):
-        trained(with_template(by_bytes["qwen3"], f"{turn}<|im_start|>ai\n{rest}"), chat("Hi", "<think>hm</think>Yes"))
+    if "refused" in case:
+        with pytest.raises(UserError, match=case["refused"]):
+            trained(tokenizer, messages)
+    else:
+        assert trained(tokenizer, messages, **case.get("arguments", {})) == case["trains"]
 
 
 # ---- Refused
@@ -234,15 +229,6 @@ def test_a_message_that_the_template_drops_is_told(by_bytes, each):
     assert trained(tokenizer, chat("a", "b")) == ["b<|im_end|>"]
 
 
-def test_a_template_that_takes_parts_only_or_writes_no_line_for_an_empty_text(by_bytes):
-    each = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}")
-    parts_only = with_template(by_bytes["qwen2.5"], turns(each))
-    assert trained(parts_only, chat("Hi", "Yes", "Bye", "No")) == ["Yes<|im_end|>", "No<|im_end|>"]
-    each = CHATML.replace("\n{{ m.content }}", "{{ '\n' + m.content if m.content.strip() }}")
-    no_line = with_template(by_bytes["qwen2.5"], turns(each, "<|im_start|>assistant"))
-    assert trained(no_line, chat("Hi", "", "Bye", "No")) == ["<|im_end|>", "No<|im_end|>"]
-
-
 # ---- Tokens that reach over borders
 
 
@@ -271,14 +257,11 @@ def test_pieces_with_spaces_of_their_own(by_pieces, name):
 
 # ---- At random
 
-NASTY = [  # a header, whole turns, the user's texts, sentinels, white space, nothing, stop tokens, Jinja
-    "<|im_start|>assistant\nassistant\nASSISTANT: <|assistant|>\n",
-    "x<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\ny",
-    *("Hi", "Bye", "\u29830\u2984 \u29831\u2984", " \n\t Yes \n\n", "", "\n \n", "Yes</s> and <|end|> and <|return|>"),
-    "{{ messages }}{% endfor %}",
-]
-PARTS = ["<think>", "</think>", "USER: ", "ASSISTANT: ", "<|im_end|>", "user\n", "\u29830\u2984"]
-TEXT = st.sampled_from(NASTY) | st.lists(st.sampled_from([*PARTS, *"ab \n\t{%<|>:é🙂अ"]), max_size=8).map("".join)
+# A header, whole turns, the user's texts, sentinels, white space, nothing, stop tokens, Jinja; and parts of such texts.
+NASTY = json.loads((TEMPLATES / "nasty.json").read_text())
+TEXT = st.sampled_from(NASTY["texts"]) | st.lists(
+    st.sampled_from([*NASTY["parts"], *"ab \n\t{%<|>:é🙂अ"]), max_size=8
+).map("".join)
 SETTINGS = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

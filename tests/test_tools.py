@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from chat import UserError, check_messages, encode_chat, encode_prompt, in_either_form
 
 FOLDER = Path(__file__).parent / "tools"
-SHAPES = json.loads((FOLDER / "tools.json").read_text(encoding="utf-8"))
+SHAPES, CHANGES = (json.loads((FOLDER / name).read_text(encoding="utf-8")) for name in ("tools.json", "changes.json"))
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "§", "parameters": {"type": "object"}}}]
 
 
@@ -96,23 +96,12 @@ def test_calls_of_builtin_tools_and_calls_for_which_a_shape_has_no_place(by_byte
             encode_chat(by_bytes[name], refused)
 
 
-WORDS = [  # in the conversation's JSON
-    ('"role": "tool"', '"role": "function"'),
-    ('"role": "tool"', '"role": "ipython"'),
-    ('"reasoning_content"', '"thinking"'),
-    ('"reasoning_content"', '"reasoning"'),
-    ('"content": ""', '"content": null'),
-    ('"content": "", ', ""),
-    ('{"city": "Rome"}', json.dumps('{"city":"Rome"}')),  # arguments as text
-]
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_other_forms_of_a_conversation_train_the_same(by_bytes, name):
     for what, messages in conversations(name).items():
         if isinstance(SHAPES[name]["trains"][what], str):
             continue
-        others = [json.loads(json.dumps(messages).replace(*words)) for words in WORDS]
+        others = [json.loads(json.dumps(messages).replace(*words)) for words in CHANGES["forms"]]
         flat = [{"id": call["id"], **call["function"]} for call in messages[1]["tool_calls"]]
         others.append([messages[0], messages[1] | {"tool_calls": json.dumps(flat)}, *messages[2:]])
         if len(flat) == 1 and name not in ("mistral", "kimi-k2", "command"):  # which write its id
@@ -134,29 +123,18 @@ def test_weight_0_takes_out_one_turn_and_a_prompt_is_a_beginning(by_bytes, name)
         assert any(mask[: len(prompt)]) == (i == 3)
 
 
-LIES = {  # in the place of what Hermes' template has -> the reason, or what trains all the same
-    ("if tools", "if false"): "drops the tool weather of user, assistant",
-    ("m.tool_calls or []", "[]"): "drops a call of weather|does not write 'weather' in assistant turn 1",
-    ("m.tool_calls or []", "(m.tool_calls or [])[:1]"): "drops a call of weather",
-    ("arguments | tojson", "arguments | tojson | tojson"): "drops a call of weather",
-    ("arguments | tojson", "arguments | length | string"): "drops a call of weather",
-    ("arguments | tojson + '}\\n", "arguments ~ '}\\n"): None,  # Python's form of an object: it wants JSON text
-    ("{{- m.content }}", "{{- m.content ~ '' }}"): None,  # "None" for a content of null
-}
-
-
-@pytest.mark.parametrize("change", LIES)
-def test_a_template_that_loses_or_garbles_tools_and_calls_is_refused(by_bytes, change):
+@pytest.mark.parametrize("lie", CHANGES["lies"], ids=lambda lie: lie["has"])
+def test_a_template_that_loses_or_garbles_tools_and_calls_is_refused(by_bytes, lie):
     tokenizer, messages = copy.deepcopy(by_bytes["hermes"]), conversations("hermes")["two calls"]
-    assert change[0] in tokenizer.chat_template
-    tokenizer.chat_template = tokenizer.chat_template.replace(*change)
+    assert lie["in"] in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(lie["in"], lie["has"])
     for text in ("", "The weather of the city Rome, twice: weather city Oslo"):  # a text that says it all hides nothing
         messages[1]["content"] = text
-        if LIES[change] is None:
+        if lie["refused"] is None:
             assert trained(tokenizer, messages, tools=TOOLS) == trained(by_bytes["hermes"], messages, tools=TOOLS)
             continue
         for encode in (encode_chat, encode_prompt):
-            with pytest.raises(UserError, match=LIES[change]):
+            with pytest.raises(UserError, match=lie["refused"]):
                 encode(tokenizer, messages, tools=TOOLS)
 
 
