@@ -23,9 +23,6 @@ from common import ChunkedLM, HFEngine, UserError, encode_prompt, token_logprobs
 CPU, F64 = torch.device("cpu"), torch.float64
 
 
-# ---- Tokenizers against their models
-
-
 def rewrite(path, **settings):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
@@ -382,9 +379,6 @@ def test_greedy_equals_the_library_and_its_settings_cannot_sneak_in(tiny, tokeni
     outputs = [tiny.generate(torch.tensor([prompt]), generation_config=config)[0].tolist() for prompt in prompts]
     drawn = sneaky.generate(prompts, [1, 2, 3], max_new_tokens=20, temperature=0.0)
     assert [prompt + c.token_ids for prompt, c in zip(prompts, drawn, strict=True)] == outputs
-
-
-# ---- Models and flags
 
 
 def test_dropout_is_off_and_the_context_known_where_the_settings_are_nested(tmp_path):

@@ -31,7 +31,10 @@ def refuse():
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case["shape"])
 def test_a_row_is_loaded_and_trains_what_it_should(tmp_path, tokenizer, case):
-    table = load_dataset(write_rows(tmp_path / "data.jsonl", case["row"]))
+    row = copy.deepcopy(case["row"])
+    assert envs.row_to_env(row).template_args == case.get("template_args", {})
+    assert row == case["row"]  # it stays as it was
+    table = load_dataset(write_rows(tmp_path / "data.jsonl", row))
     (env,) = table
     assert isinstance(env, envs.MathEnv) == ("answer" in case)
     if "answer" in case:
@@ -41,31 +44,16 @@ def test_a_row_is_loaded_and_trains_what_it_should(tmp_path, tokenizer, case):
         assert " ".join(f"{m['role']}: {m['content']}" for m in env.prompt) == case["prompt"]
     assert env.template_args == case.get("template_args", {})
     assert tables.unread_columns(table) == case.get("unread", [])
+    turns = [turn for turn in (*env.prompt, env.answer) if isinstance(turn, dict)]
+    calls = [call["function"] for turn in turns for call in turn.get("tool_calls", [])]
+    assert calls == case.get("calls", [])
     if case["trained"] is None:
-        with pytest.raises(UserError, match="no answer to imitate"):
+        with pytest.raises(UserError, match=case.get("refused", "no answer to imitate")):
             sft.encode(env, tokenizer, 512)
     else:
         ids, mask = sft.encode(env, tokenizer, 512)
         text = tokenizer.decode([token for token, trains in zip(ids, mask, strict=True) if trains])
         assert text == "".join(f"{turn}<|im_end|>" for turn in case["trained"])
-
-
-def test_rows_of_tools_reach_the_template(tokenizer):
-    call = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": '{"at": "sky"}'}]}
-    share_gpt = [{"from": "human", "value": "Sky?"}, {"from": "function_call", "value": '{"name": "look"}'}]
-    share_gpt += [{"from": "observation", "value": "blue"}, {"from": "gpt", "value": "Blue."}]
-    tool = {"name": "look", "description": "Looks.", "parameters": {}}
-    env = envs.row_to_env({"messages": [{"role": "user", "content": "Sky?"}, call], "tools": json.dumps([tool])})
-    assert env.template_args == {"tools": [{"type": "function", "function": tool}]}
-    assert env.get_target()["tool_calls"][0]["function"] == {"name": "look", "arguments": {"at": "sky"}}
-    row = {"prompt": "Sky?", "chat_template_kwargs": {"tools": [tool]}}
-    assert envs.row_to_env(row).template_args == env.template_args
-    assert row["chat_template_kwargs"] == {"tools": [tool]}  # it stays as it was
-    env = envs.row_to_env({"conversations": share_gpt})
-    assert [m["role"] for m in env.prompt] == ["user", "assistant", "tool"]
-    assert env.prompt[1]["tool_calls"][0]["function"] == {"name": "look", "arguments": {}}
-    with pytest.raises(UserError, match="the chat template does not write 'look'"):  # this template knows no tools
-        sft.encode(env, tokenizer, 512)
 
 
 ROW = {"question": "2+2?", "answer": "4", "source": None}
@@ -91,10 +79,6 @@ def test_files_of_all_kinds_and_folders_hold_the_same_rows(tmp_path):
     assert load_dataset(str(tmp_path / "a.csv"), "eval") is None
     with pytest.raises(UserError, match="has no split dev, only train, test"):
         load_dataset(str(tmp_path / "splits"), part="dev")
-    with pytest.raises(UserError, match="cannot load dataset"):
-        load_dataset("no-such/dataset-anywhere")
-    with pytest.raises(UserError, match="makes its own"):
-        load_dataset("math", part="train[:3]")
     assert [env.answer for env in envs.as_environments(table, "mine")] == ["0", "1", "2", "3"]
 
 
@@ -184,9 +168,6 @@ def test_tables_are_read_as_they_stand(tmp_path, tokenizer):
         row["messages"][1]["tool_calls"][0]["arguments"] = {name: "x"}
     env = envs.as_environments(datasets.Dataset.from_list(rows), "mine")[0]
     assert env.answer["tool_calls"][0]["function"]["arguments"] == {"city": "x"}
-    for weights in ("0,{}:1", "1,{}:9999999"):
-        with pytest.raises(UserError, match="weights of datasets must be above 0"):
-            load_dataset(f"{tmp_path}/a1.jsonl:" + weights.format(tmp_path / "a1.jsonl"))
 
 
 def test_the_evaluation_set_of_a_mixture_holds_out_what_each_part_does(tmp_path):
@@ -196,18 +177,6 @@ def test_the_evaluation_set_of_a_mixture_holds_out_what_each_part_does(tmp_path)
     texts = [mixed[n].prompt for n in range(len(mixed))]
     assert all(text in held_out or text[0]["content"] == "2+2?" for text in texts)
     assert load_dataset(f"math:0.5,{tmp_path}/a.jsonl:0.5", "eval") is None
-
-
-def test_rows_without_a_reward_are_left_out_where_one_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(envs, "LOOK", 1)
-    data = tmp_path / "a.jsonl"
-    write_rows(data, ROW, {"prompt": "Hi"}, ROW)
-    flags = ["--dataset", data, "--eval-dataset", data, "--num-steps", 2, "--batch-size", 3, "--max-new-tokens", 8]
-    for script, count in {"grpo.py": 3, "onpolicy_distill.py": 1}.items():
-        done = fine(run_main(script, *flags, "--output-dir", tmp_path / script))
-        assert done.stdout.count("dropped 1 of 3 rows, the first is row 1: 1 x no reward") == count
-    line = read_metrics(tmp_path / "onpolicy_distill.py")[-1]
-    assert 0 <= line["reward/mean"] <= 1
 
 
 def test_code_of_the_users_that_fails_in_a_late_row_is_one_line_and_costs_no_step(tmp_path):
@@ -221,16 +190,22 @@ def test_code_of_the_users_that_fails_in_a_late_row_is_one_line_and_costs_no_ste
     assert common.newest_checkpoint(tmp_path / "run")[0] is not None
 
 
-def test_long_prompts_are_dropped_and_counted_in_training_and_evaluation(tmp_path):
+def test_long_prompts_and_rows_without_a_reward_are_dropped_and_counted_where_one_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(envs, "LOOK", 1)
     rows = [{"prompt": "a" * n, "answer": n} for n in (3, 90, 4, 5)]
-    data = write_rows(tmp_path / "a.jsonl", *rows)
+    data = write_rows(tmp_path / "a.jsonl", *rows, {"prompt": "Hi"})
     flags = ["--dataset", data, "--max-prompt-length", 40, "--max-new-tokens", 8, "--output-dir"]
-    trained = [*flags, tmp_path / "run", "--eval-dataset", data, "--num-steps", 2, "--batch-size", 4, "--eval-steps", 2]
-    for script in ("grpo.py", "onpolicy_distill.py"):
-        done = fine(run_main(script, *trained[:7], tmp_path / script, *trained[8:]))
-        line = "dropped 1 of 4 rows, the first is row 1: 1 x a prompt of more than 40 tokens"
-        assert done.stdout.count(line) == 3  # at the start, of the evaluation, and at the end
-        assert read_metrics(tmp_path / script)[-1]["step"] == 2
+    trained = ["--eval-dataset", data, "--num-steps", 2, "--batch-size", 5, "--eval-steps", 2]
+    for script, count in {
+        "grpo.py": 3,
+        "onpolicy_distill.py": 1,
+    }.items():  # at the start, of the evaluation, at the end
+        done = fine(run_main(script, *flags, tmp_path / script, *trained))
+        assert done.stdout.count("1 x a prompt of more than 40 tokens") == 3
+        assert done.stdout.count("1 x no reward") == done.stdout.count("dropped 2 of 5 rows, the first is row") == count
+        line = read_metrics(tmp_path / script)[-1]
+        assert line["step"] == 2
+        assert 0 <= line["reward/mean"] <= 1
     fine(run_main("evaluate.py", *flags, tmp_path / "eval"))
     results = read_rows(tmp_path / "eval" / "results.jsonl")
     assert [result["answer"] for result in results] == [3, 4, 5]

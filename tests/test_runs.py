@@ -30,9 +30,6 @@ def everything(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# ---- What is saved
-
-
 def test_final_is_the_model_that_was_evaluated_last_also_of_a_bf16_source(tmp_path, tokenizer):
     """At 1e-6 an update is smaller than a step of bf16."""
     common.load_model("tiny", torch.device("cpu"), dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
@@ -83,9 +80,6 @@ def test_resume_touches_nothing_where_nothing_is_whole_and_clears_what_a_kill_le
     assert [line["step"] for line in read_metrics(run)] == [1, 2]  # and the next would be 10
 
 
-# ---- Folders
-
-
 def test_an_evaluation_that_was_stopped_goes_on(tmp_path, judge, monkeypatch):
     monkeypatch.setattr(evaluate, "BLOCK", 3)
     flags = ["--dataset", judge, "--num-completions", 2, "--temperature", 1, "--max-new-tokens", 24, "--output-dir"]
@@ -119,9 +113,6 @@ def test_an_evaluation_mixes_with_nothing_else(tmp_path, monkeypatch):
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert "holds other results already" in mistake(run_main("evaluate.py", *flags, tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
-
-
-# ---- Numbers
 
 
 @pytest.mark.parametrize(
@@ -174,9 +165,6 @@ def test_reasoning_gym_trains_nothing_that_is_held_out_and_its_targets_are_right
     assert asked[1, "train"] != asked[2, "train"]
 
 
-# ---- Models
-
-
 def test_what_no_token_reaches_is_frozen_and_told(tmp_path, tokenizer):
     model = tiny_model("ernie4_5_moe", 1.0)
     model.resize_token_embeddings(299)
@@ -191,9 +179,6 @@ def test_what_no_token_reaches_is_frozen_and_told(tmp_path, tokenizer):
         assert json.loads((folder / "args.json").read_text())["num_processes"] == processes
         norms.append(read_metrics(folder)[0]["optim/grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-
-
-# ---- Python, terminals, signals
 
 
 def test_a_file_is_a_module_with_neighbours_and_processes(tmp_path):

@@ -143,24 +143,15 @@ def test_a_prompt_is_the_beginning_of_its_conversation_also_in_parts(tokenizer):
         encode_chat(tokenizer, chat("a"))
 
 
-def test_a_chat_template_and_its_arguments_can_be_given_and_one_is_needed(tokenizer, tmp_path):
+def test_a_chat_template_and_its_arguments_can_be_given(tmp_path):
     mine = tmp_path / "mine.jinja"
     mine.write_text("\ufeff{{ begin }}" + turns("{{ m.role }}>{{ m.content }}<|im_end|>", ""))
     given = load_tokenizer("tiny", str(mine), template_args='{"begin": "!!"}')
     assert given.decode(encode_chat(given, chat("a", "b"))[0]) == "!!user>a<|im_end|>assistant>b<|im_end|>"
     assert given.decode(encode_prompt(given, chat("a"))) == "!!user>a<|im_end|>"
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match=r"has no chat template: pass --chat-template FILE\.jinja"):
-        load_tokenizer(str(tmp_path / "model"))
-    with pytest.raises(UserError, match=r"cannot load --chat-template missing\.jinja"):
-        load_tokenizer("tiny", "missing.jinja")
 
 
-MASKS = json.loads((TEMPLATES / "masks.json").read_text())
-
-
-@pytest.mark.parametrize("case", MASKS, ids=lambda case: case["why"])
+@pytest.mark.parametrize("case", json.loads((TEMPLATES / "masks.json").read_text()), ids=lambda case: case["why"])
 def test_what_trains_of_tools_thinking_and_odd_templates(by_bytes, case):
     template = (TEMPLATES / f"{case['template']}.jinja").read_text()
     tokenizer = with_template(by_bytes[case.get("tokens_of", case["template"])], template)
@@ -172,9 +163,6 @@ def test_what_trains_of_tools_thinking_and_odd_templates(by_bytes, case):
             trained(tokenizer, messages)
     else:
         assert trained(tokenizer, messages, **case.get("arguments", {})) == case["trains"]
-
-
-# ---- Refused
 
 
 @pytest.mark.parametrize("case", (TEMPLATES / "unmaskable.txt").read_text().splitlines())
@@ -209,27 +197,21 @@ def test_turns_with_weight_0_do_not_train_and_their_end_neither(by_bytes):
     assert trained(by_bytes["qwen2.5"], chat("Hi", parts, "Bye", "No")) == ["No<|im_end|>"]
 
 
-DROPS = {  # a template that leaves a message out -> a conversation of that kind
-    "{% if m.role != 'tool' %}" + CHATML + "{% endif %}": [*chat("a", "b"), {"role": "tool", "content": "a"}],
-    "{% if m.role != 'developer' %}" + CHATML + "{% endif %}": [{"role": "developer", "content": "a"}, *chat("a", "b")],
-    "{% if m.role != 'system' or messages[-1].role == 'user' %}" + CHATML + "{% endif %}": chat("a", "b", system="a"),
-}
-
-
-@pytest.mark.parametrize("each", DROPS)
-def test_a_message_that_the_template_drops_is_told(by_bytes, each):
-    tokenizer, messages = with_template(by_bytes["qwen2.5"], turns(each)), DROPS[each]
-    with pytest.raises(UserError, match=r"drops the (tool|developer|system) message of"):
+@pytest.mark.parametrize("role", ["tool", "developer", "system"])
+def test_a_message_that_the_template_drops_is_told(by_bytes, role):
+    """The system message only of a whole conversation: generation has it."""
+    keeps = f"m.role != '{role}'" + " or messages[-1].role == 'user'" * (role == "system")
+    tokenizer = with_template(by_bytes["qwen2.5"], turns("{% if " + keeps + " %}" + CHATML + "{% endif %}"))
+    dropped, others = {"role": role, "content": "a"}, chat("a", "b")
+    messages = [*others, dropped] if role == "tool" else [dropped, *others]
+    with pytest.raises(UserError, match=f"drops the {role} message of"):
         encode_chat(tokenizer, messages)
-    if messages[0]["role"] == "system":  # generation has it
+    if role == "system":
         assert encode_prompt(tokenizer, messages[:-1])
-    elif messages[0]["role"] == "developer":
+    elif role == "developer":
         with pytest.raises(UserError, match="drops the developer message"):
             encode_prompt(tokenizer, messages[:-1])
-    assert trained(tokenizer, chat("a", "b")) == ["b<|im_end|>"]
-
-
-# ---- Tokens that reach over borders
+    assert trained(tokenizer, others) == ["b<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", [name for name in STYLES if not STYLES[name].strips_right])
@@ -255,14 +237,12 @@ def test_pieces_with_spaces_of_their_own(by_pieces, name):
         assert [run.lstrip(" ") for run in runs] == expected(style, answers)
 
 
-# ---- At random
-
 # A header, whole turns, the user's texts, sentinels, white space, nothing, stop tokens, Jinja; and parts of such texts.
 NASTY = json.loads((TEMPLATES / "nasty.json").read_text())
 TEXT = st.sampled_from(NASTY["texts"]) | st.lists(
     st.sampled_from([*NASTY["parts"], *"ab \n\t{%<|>:é🙂अ"]), max_size=8
 ).map("".join)
-SETTINGS = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @SETTINGS
