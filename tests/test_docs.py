@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import inspect
 import json
+import operator
 import re
 
 import pytest
@@ -89,7 +91,7 @@ def test_commands_name_scripts_and_flags_that_exist():
     seen = list(commands())
     assert len(seen) > 10
     for doc, script, rest in seen:
-        script = "grpo" if script in ("mine", "rloo") else script
+        script = "grpo" if script in ("mine", "rloo", "stale", "pad") else script  # pages have their code
         assert script in SCRIPTS or list(ROOT.glob(f"*/{script}.py")), f"{doc}: {script}.py"
         if script in SCRIPTS:
             fields = {field.name for field in dataclasses.fields(SCRIPTS[script].Args)} | {"help"}
@@ -130,6 +132,23 @@ def test_guides_name_flags_metrics_and_functions(script):
     assert {metric for metric in used if f"`{metric}`" not in text} == set()
     details = re.split(r"^\d+\. ", text.split("## Details that matter\n")[1].split("\n## ")[0], flags=re.MULTILINE)[1:]
     assert [d for d in details if not re.search(r"`\w+\.\w+`|\(grpo\.md", d)] == []
+
+
+def test_flags_and_defaults_beside_those_of_trl_exist():
+    """A heading names the scripts whose flags stand under it; a default in code beside a flag is that of all."""
+    for section in (ROOT / "training_guide" / "from_trl.md").read_text().split("\n## ")[1:]:
+        for script in re.findall(r"`(\w+)\.py`", section.splitlines()[0]):
+            defaults = {f.name.replace("_", "-"): str(f.default) for f in dataclasses.fields(SCRIPTS[script].Args)}
+            for flag, default in re.findall(r"`--([a-z-]+)`(?: \| `([^`]*)` \|)?", section):
+                assert default in (defaults[flag], ""), f"{script}.py --{flag}"
+
+
+def test_the_path_through_the_code_has_the_lines_it_says():
+    path = (ROOT / "training_guide" / "development.md").read_text().split("## Read it\n")[1].split("\n## ")[0]
+    for count, cell in re.findall(r"^\|[^|]*\| (\d+) \| (.*) \|$", path, re.MULTILINE):
+        names = re.findall(r"`(\w+)\.(.*?)`", cell)
+        parts = [operator.attrgetter(name)(importlib.import_module(module)) for module, name in names]
+        assert abs(sum(len(inspect.getsource(part).splitlines()) for part in parts) - int(count)) <= 9, cell
 
 
 def test_the_readme_and_the_wheel_have_the_files_there_are():
