@@ -337,9 +337,12 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
             "perf/tokens_per_second": (sampled, step_seconds / run.processes),
         }
         records = []  # some completions, for completions.jsonl
-        for row, text, score, c in zip(rows[:8], texts, scores, completions, strict=False):
+        for b, (row, text, score, c) in enumerate(zip(rows[:8], texts, scores, completions, strict=False)):
             prompt = train_dataset[row].prompt[-1]["content"]
-            records.append({"prompt": prompt, "completion": text, "reward": score, "finish_reason": c.finish_reason})
+            reason = "equal rewards in its group" if loss_mask[b].any() else "cut, and --mask-truncated is on"
+            record = {"prompt": prompt, "completion": text, "reward": score, "advantage": advantages[b].item()}
+            record |= {"finish_reason": c.finish_reason, "no_gradient": None if has_gradient[b] else reason}
+            records.append(record)
 
         # 6. evaluate and save
         metrics |= run.evaluate(step, evaluator)

@@ -40,7 +40,7 @@ def test_grpo_writes_its_folder_and_says_how_it_goes(tmp_path):
     assert record["versions"]["torch"] == torch.__version__
     completions = read_rows(folder / "completions.jsonl")
     assert [c["step"] for c in completions] == [1] * 8 + [2] * 8  # the first prompt's group of each step
-    assert set(completions[0]) == {"step", "prompt", "completion", "reward", "finish_reason"}
+    assert [*completions[0]][1:] == ["prompt", "completion", "reward", "advantage", "finish_reason", "no_gradient"]
     names = ["args.json", "completions.jsonl", "final", "metrics.jsonl", "step_2"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert (folder / "final" / "chat_template.jinja").read_text() == template.read_text()
