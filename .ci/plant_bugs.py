@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = "grpo sft onpolicy_distill templates tools envs rows grading lora runs common scripts checkpoint reference"
+FAST = "grpo sft onpolicy_distill templates tools envs rows grading lora runs common scripts checkpoint reference page"
 SLOW = "architectures invariance processes durability sharing"  # for what the first do not catch
 
 BUGS = r"""
@@ -31,6 +31,8 @@ grpo.py
     correction: turned round ~ \(old_logprobs\[mb\] - engine_logprobs\[mb\]\) ~ (engine_logprobs[mb] - old_logprobs[mb])
     correction: no cap ~ \.clamp\(max=cap\) ~
     denominator of this process, grpo ~ run\.sum\((loss_mask\.sum\(\))\) ~ float(\1)
+training_guide/completions.py
+    page: a completion ends the data ~ \.replace\("<", .*\)\n ~ \n
 evaluate.py
     interval: of the normal distribution ~ / n \+ z\*\*2 / \(4 \* n\*\*2\)\) ~ / n)
 sft.py

@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 
 def test_the_page_has_what_the_files_have_and_the_reason_for_no_gradient_is_right(run):
     rows = read_rows(run / "completions.jsonl")
-    (data,) = re.findall('id="data">(.*)</script>', (run / "completions.html").read_text())
+    (data,) = re.findall('id="data">(.*?)</script>', (run / "completions.html").read_text())
     assert json.loads(data) == {"name": "run", "args": record_of(run), "metrics": read_metrics(run), "records": rows}
     for i, row in enumerate(rows):
         reason = "equal rewards in its group" if len({r["reward"] for r in rows[i // 4 * 4 :][:4]}) == 1 else None

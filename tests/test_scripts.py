@@ -77,6 +77,16 @@ def test_the_log_divides_pairs_once_and_goes_on_without_wandb(make_run, monkeypa
     assert (logged, capsys.readouterr().out.count("wandb is off from here on")) == ([one], 1)
 
 
+def test_runs_that_differ_in_their_seed_are_one_line_of_a_plot(make_run, tmp_path):
+    """Their problems differ, too: math draws them by the seed."""
+    for seed in 1, 2:
+        run = make_run(seed=seed, output_dir=str(tmp_path / f"seed{seed}"))
+        run.begin()
+        run.log(0, {"eval/accuracy": 0.5})
+    done = fine(run_script("training_guide/plot.py", *tmp_path.glob("seed*"), "--output", tmp_path / "curves.png"))
+    assert done.stdout.endswith(": 2 of 2 folders, 1 lines\n")
+
+
 def test_evaluate_writes_results_and_what_they_come_to(tmp_path):
     flags = ["--num-samples", 6, "--num-completions", 3, "--temperature", 1, "--max-new-tokens", 24]
     done = fine(run_main("evaluate.py", *flags, "--output-dir", tmp_path / "out"))
