@@ -106,7 +106,8 @@ def capture(case: dict, out: Path) -> None:
         return in_float64(load_model(*args[:3], torch.float64, **kwargs))
 
     def add_and_cast(run):
-        return with_random_adapter(add_adapter(run))
+        adapter = add_adapter(run)
+        return with_random_adapter(adapter) if run.checkpoint is None else adapter.double()
 
     def generate_and_record(self, prompts, seeds, *, max_new_tokens, temperature, pause=None):
         if case.get("frozen"):

@@ -128,8 +128,9 @@ def test_a_run_goes_on_with_more_or_fewer_processes(tmp_path):
     tmp_path.joinpath("fewer").mkdir()
     three = go_on("fewer", 2, "3")
     for others in go_on("fewer", 1, "5"), go_on("more", 2, "5"):
-        for one, other, before in zip(straight, others, three, strict=True):
-            assert distance(one, other) < 1e-9 < 1e-6 < distance(one, before)
+        for objective, one, other, before in zip(objectives, straight, others, three, strict=True):
+            assert distance(one, other) < (1e-6 if objective.startswith("lora") else 1e-9)  # peft loads float32
+            assert distance(one, before) > 1e-4
 
 
 def test_settings_of_the_launcher_change_nothing(runs, tmp_path, monkeypatch):
