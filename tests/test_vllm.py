@@ -174,9 +174,10 @@ VLLM = ["--engine", "vllm", "--vllm-args", SCRIPT_ARGS]
 SHORT = [*VLLM, "--num-steps", 3, "--batch-size", 4, "--max-new-tokens", 24, "--eval-samples", 16]
 
 
-def test_grpo_and_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--shard"]])
+def test_grpo_and_two_processes_do_what_one_does_with_twice_the_batch(tmp_path, flags):
     fine(run_script("grpo.py", *SHORT, "--output-dir", tmp_path / "one"))
-    fine(run_two("grpo.py", *SHORT, "--batch-size", 2, "--output-dir", tmp_path / "two"))
+    fine(run_two("grpo.py", *SHORT, *flags, "--batch-size", 2, "--output-dir", tmp_path / "two"))
     records = [record_of(tmp_path / name) for name in ("one", "two")]
     assert [(r["num_processes"], r["correction"]) for r in records] == [(1, "token"), (2, "token")]
     ours, theirs = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
