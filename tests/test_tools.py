@@ -140,6 +140,7 @@ def test_a_template_that_loses_or_garbles_tools_and_calls_is_refused(by_bytes, l
 
 TURNS = [run for shape in SHAPES.values() for runs in shape["trains"].values() for run in runs if len(run) > 1]
 ANY = TEXT | st.sampled_from(["Rome", "weather", "</tool_call>", "null", '"', "\\", *TURNS])
+CONTENT = ANY.filter(lambda text: not text.strip().startswith("<think>"))  # which a prompt may have written already
 LEAF = ANY | st.none() | st.booleans() | st.integers() | st.floats(-9, 9)
 VALUE = LEAF | st.lists(LEAF | st.dictionaries(ANY, LEAF, max_size=2), max_size=2) | st.dictionaries(ANY, LEAF)
 
@@ -156,9 +157,9 @@ def agentic(draw):
         for _ in range(draw(st.integers(0, 2))):
             ids = SHAPES[name]["ids"][: draw(st.integers(1, 1 + (two or bold)))]
             calls = [(i, draw(st.dictionaries(ANY, VALUE, max_size=2))) for i in ids]
-            messages.append(turn(draw(ANY) if text or bold else "", draw(ANY), calls))
+            messages.append(turn(draw(CONTENT) if text or bold else "", draw(ANY), calls))
             messages += [said("tool", draw(ANY), i) for i in ids]
-        messages.append(turn(draw(ANY), draw(ANY)))
+        messages.append(turn(draw(CONTENT), draw(ANY)))
     ends = [n for n, message in enumerate(messages, 1) if message["role"] == "assistant"]
     return name, messages[: draw(st.sampled_from(ends))], bold
 
