@@ -1,6 +1,7 @@
 """Runs are real: the project's own scripts and bundled models, on a CPU, with no network."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -72,20 +73,13 @@ def judge(tmp_path):
     return f"{shutil.copy(ROOT / 'tests' / 'judge.py', tmp_path / 'mine.py')}:make"
 
 
-def start_script(script, *flags, launcher=(sys.executable,), **options):
+def start_script(script, *flags, launcher=(sys.executable,), start=subprocess.Popen, **options):
     """Starts `python script flags`, its output piped as text."""
     options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, flags)], **options)
+    return start([*launcher, str(ROOT / script), *map(str, flags)], **options)
 
 
-def run_script(script, *flags, **options):
-    """Runs it to its end, and returns the finished process."""
-    process = start_script(script, *flags, **options)
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+run_script = functools.partial(start_script, start=subprocess.run, timeout=300)  # to its end: the finished process
 
 
 def wait_for(condition, process, seconds=120):

@@ -13,6 +13,10 @@ import pytest
 from conftest import ROOT, record_of
 
 SCRIPTS = {name: importlib.import_module(name) for name in ("sft", "grpo", "onpolicy_distill", "evaluate")}
+DEFAULTS = {
+    name: {field.name.replace("_", "-"): str(field.default) for field in dataclasses.fields(script.Args)}
+    for name, script in SCRIPTS.items()
+}
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
 CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240, "sharing.py": 110}
 CEILINGS |= {"common.py": 1130, "chat.py": 610, "engines.py": 250, "packing.py": 170, "tables.py": 220}
@@ -35,12 +39,9 @@ def test_files_tests_and_results_stay_small():
 
 def test_two_scripts_differ_in_their_algorithms_only():
     def code(name):
-        tree = ast.parse((ROOT / name).read_text())
-        for node in ast.walk(tree):
-            if isinstance(body := getattr(node, "body", None), list):
-                strings = [n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
-                node.body = [n for n in body if n not in strings]
-        return ast.unparse(tree).splitlines()
+        docstrings = re.compile(r'^ *""".*?"""$', re.MULTILINE | re.DOTALL)
+        tree = ast.parse(docstrings.sub("", (ROOT / name).read_text()))
+        return ast.unparse(tree).splitlines()  # without comments
 
     assert sum(line[0] in "+-" for line in difflib.ndiff(code("grpo.py"), code("onpolicy_distill.py"))) < 200
 
@@ -93,10 +94,8 @@ def test_commands_name_scripts_and_flags_that_exist():
     for doc, script, rest in seen:
         script = "grpo" if script in ("mine", "rloo", "stale", "pad") else script  # pages have their code
         assert script in SCRIPTS or list(ROOT.glob(f"*/{script}.py")), f"{doc}: {script}.py"
-        if script in SCRIPTS:
-            fields = {field.name for field in dataclasses.fields(SCRIPTS[script].Args)} | {"help"}
-            for flag in re.findall(r"--([a-z-]+)", rest):
-                assert flag.replace("-", "_") in fields, f"{doc}: {script}.py has no --{flag}"
+        for flag in re.findall(r"--([a-z-]+)", rest) if script in SCRIPTS else []:
+            assert flag in DEFAULTS[script] or flag == "help", f"{doc}: {script}.py has no --{flag}"
 
 
 @pytest.mark.parametrize("doc", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
@@ -121,10 +120,9 @@ def test_guides_name_flags_metrics_and_functions(script):
     """Rows of a table of flags read: | `--flag` | `default` | words |. Each detail names the function that holds it."""
     text = (ROOT / "training_guide" / f"{GUIDES[script]}.md").read_text()
     source = (ROOT / f"{script}.py").read_text()
-    defaults = {f.name: str(f.default) for f in dataclasses.fields(SCRIPTS[script].Args)}
     rows = re.findall(r"^\| `--([a-z-]+)` \| `([^`]*)` \|", text, re.MULTILINE)
     assert len(rows) > 5
-    assert {flag: defaults[flag.replace("-", "_")] for flag, _ in rows} == dict(rows)
+    assert {flag: DEFAULTS[script][flag] for flag, _ in rows} == dict(rows)
     used = set(re.findall(r'"((?:loss|reward|policy|teacher|completion|optim|time|perf|eval)/\w+)"', source))
     used |= {"eval/accuracy", "eval/reward_mean", "eval/reward_std", "perf/peak_memory_gb"}
     if script != "sft":
@@ -138,9 +136,8 @@ def test_flags_and_defaults_beside_those_of_trl_exist():
     """A heading names the scripts whose flags stand under it; a default in code beside a flag is that of all."""
     for section in (ROOT / "training_guide" / "from_trl.md").read_text().split("\n## ")[1:]:
         for script in re.findall(r"`(\w+)\.py`", section.splitlines()[0]):
-            defaults = {f.name.replace("_", "-"): str(f.default) for f in dataclasses.fields(SCRIPTS[script].Args)}
             for flag, default in re.findall(r"`--([a-z-]+)`(?: \| `([^`]*)` \|)?", section):
-                assert default in (defaults[flag], ""), f"{script}.py --{flag}"
+                assert default in (DEFAULTS[script][flag], ""), f"{script}.py --{flag}"
 
 
 def test_the_path_through_the_code_has_the_lines_it_says():
@@ -160,13 +157,8 @@ def test_the_readme_and_the_wheel_have_the_files_there_are():
     assert [path.name for path in SOURCES if abs(int(told[path.name]) - len(lines(path))) > 9] == []
 
 
-RUNS = [  # rows that read: | `command` | links to run folders | commit | before | after | ...
-    line
-    for section in re.split(r"\n(?=#|\n)", (RESULTS / "README.md").read_text())
-    if "| runs | commit | before | after |" in section
-    for line in section.splitlines()
-    if "](" in line
-]
+# | `command` | links to run folders | commit | before | after | ...
+RUNS = [row for row in lines(RESULTS / "README.md") if re.match(r"\|.*\) \| [0-9a-f]{7} \|", row)]
 
 
 @pytest.mark.parametrize("row", RUNS, ids=lambda row: row.split("`")[1][:60])

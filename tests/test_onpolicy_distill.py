@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import fine, read_metrics, record_of, run_main, write_rows
+from conftest import fine, mistake, read_metrics, record_of, run_main, write_rows
 from safetensors.torch import load_file
 from test_grpo import F64
 from transformers import AutoTokenizer
@@ -60,23 +60,21 @@ def test_other_tokenizers_are_refused_by_their_first_token(tmp_path):
     other.add_tokens(["<one more>"])
     other.save_pretrained(tmp_path)  # a tokenizer alone: it is refused before any model is loaded
     flags = ["--num-steps", 1, "--eval-steps", 0, "--output-dir", tmp_path / "run", "--teacher-model", tmp_path]
-    done = run_main("onpolicy_distill.py", *flags)
-    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
-    assert "different tokenizers: token 299 is None in the student's and '<one more>'" in done.stderr
+    told = mistake(run_main("onpolicy_distill.py", *flags))
+    assert "different tokenizers: token 299 is None in the student's and '<one more>'" in told
 
 
 SMALL = ["--num-steps", 2, "--batch-size", 4, "--max-new-tokens", 24, "--output-dir"]
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled"])
-def test_the_script_writes_its_folder_and_never_the_teacher(tmp_path, loss):
-    fine(run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", "--eval-samples", 4, "--loss", loss))
+def test_the_script_writes_its_folder_and_never_the_teacher(tmp_path):
+    fine(run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", "--eval-samples", 4))
     lines = read_metrics(tmp_path / "run")
     assert all("eval/accuracy" in lines[step] for step in (0, 2))
     assert {"loss/reverse_kl", "teacher/entropy", "policy/entropy", "reward/mean", "optim/grad_norm"} <= set(lines[1])
     assert lines[1]["policy/logprob_gap"] < 1e-4
     record = record_of(tmp_path / "run")
-    assert (record["teacher_model"], record["loss"], record["learning_rate"]) == ("tiny-teacher", loss, 3e-4)
+    assert (record["teacher_model"], record["loss"], record["learning_rate"]) == ("tiny-teacher", "full", 3e-4)
     names = load_file(tmp_path / "run" / "step_2" / "model.safetensors").keys()
     assert names | {"lm_head.weight"} == load_file(f"{common.BUNDLED['tiny']}/model.safetensors").keys()  # tied
     moments = load_file(tmp_path / "run" / "step_2" / "optimizer.safetensors")
@@ -85,7 +83,7 @@ def test_the_script_writes_its_folder_and_never_the_teacher(tmp_path, loss):
 
 def test_prompts_need_no_answer_and_no_reward(tmp_path):
     data = write_rows(tmp_path / "prompts.jsonl", *({"prompt": f"What is {i} + 3?"} for i in range(9)))
-    done = fine(run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", "--dataset", data))
+    done = fine(run_main("onpolicy_distill.py", *SMALL, tmp_path / "run", "--dataset", data, "--loss", "sampled"))
     assert "no evaluation" in done.stdout
     line, _ = read_metrics(tmp_path / "run")
     assert "loss/reverse_kl" in line

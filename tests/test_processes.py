@@ -17,8 +17,6 @@ pytestmark = pytest.mark.slow
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-
-
 run_two = functools.partial(run_script, launcher=TORCHRUN)
 
 
@@ -156,22 +154,15 @@ def test_a_signal_to_one_stops_all_after_the_step_or_between_two_batches_of_a_ro
 
 def test_a_run_stopped_in_a_rollout_goes_on_bit_for_bit(tmp_path):
     """From the last step that is done, or from before the first."""
-    script = grpo_with(tmp_path / "itself.py", SIGNAL_ITSELF)
-
-    def run(name, batch, *more):
-        flags = [0, batch, tmp_path / "calls", *ONE_BY_ONE, 0, "--output-dir", tmp_path / name, *more]
-        done = run_script(script, *flags, env=AS_A_USER)
-        assert "Traceback" not in done.stderr
-        assert done.returncode == (143 if batch < 100 else 0), done.stderr
-        return common.newest_checkpoint(tmp_path / name)[1]
-
-    assert run("straight", 10**6) == 4
-    for step in (0, 1):
-        assert run(f"stopped-{step}", 8 * step + 3) == step
-        assert run(f"stopped-{step}", 10**6, "--resume") == 4
-        files = (tmp_path / name / "final" / "model.safetensors" for name in ("straight", f"stopped-{step}"))
-        one, two = map(load_file, files)
-        assert all((one[name] == two[name]).all() for name in one)
+    script, runs = grpo_with(tmp_path / "itself.py", SIGNAL_ITSELF), []
+    for at in (10**6, 3, 8 + 3):  # the first is not stopped
+        flags = [tmp_path / "calls", *ONE_BY_ONE, 0, "--output-dir", tmp_path / str(at), "--resume"]
+        stopped = run_script(script, 0, at, *flags, env=AS_A_USER)
+        assert (stopped.returncode, "Traceback" in stopped.stderr) == (143 if at < 100 else 0, False), stopped.stderr
+        assert common.newest_checkpoint(tmp_path / str(at))[1] == (at // 8 if at < 100 else 4)
+        fine(run_script(script, 0, 10**6, *flags, env=AS_A_USER))
+        runs.append(load_file(tmp_path / str(at) / "final" / "model.safetensors"))
+    assert all((runs[0][name] == run[name]).all() for run in runs[1:] for name in runs[0])
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])

@@ -196,10 +196,7 @@ def test_long_prompts_and_rows_without_a_reward_are_dropped_and_counted_where_on
     data = write_rows(tmp_path / "a.jsonl", *rows, {"prompt": "Hi"})
     flags = ["--dataset", data, "--max-prompt-length", 40, "--max-new-tokens", 8, "--output-dir"]
     trained = ["--eval-dataset", data, "--num-steps", 2, "--batch-size", 5, "--eval-steps", 2]
-    for script, count in {
-        "grpo.py": 3,
-        "onpolicy_distill.py": 1,
-    }.items():  # at the start, of the evaluation, at the end
+    for script, count in (("grpo.py", 3), ("onpolicy_distill.py", 1)):  # at the start, of the evaluation, at the end
         done = fine(run_main(script, *flags, tmp_path / script, *trained))
         assert done.stdout.count("1 x a prompt of more than 40 tokens") == 3
         assert done.stdout.count("1 x no reward") == done.stdout.count("dropped 2 of 5 rows, the first is row") == count

@@ -16,6 +16,7 @@ from conftest import FAST, fine, mistake, read_metrics, run_main, start_script, 
 from safetensors.torch import load_file
 from test_architectures import tiny_model
 from test_processes import run_two
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import envs
@@ -31,7 +32,7 @@ def everything(folder):
 
 
 def test_final_is_the_model_that_was_evaluated_last_also_of_a_bf16_source(tmp_path, tokenizer):
-    """At 1e-6 an update is smaller than a step of bf16."""
+    """At 1e-6 an update is smaller than a step of bf16. As transformers loads it: float32, its head saved once."""
     common.load_model("tiny", torch.device("cpu"), dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
     flags = ["--model", tmp_path / "source", "--num-steps", 2, "--batch-size", 4, "--max-new-tokens", 24]
@@ -41,7 +42,14 @@ def test_final_is_the_model_that_was_evaluated_last_also_of_a_bf16_source(tmp_pa
     trained, final = map(load_file, files)
     assert all(torch.equal(trained[name], final[name]) and final[name].dtype == torch.float32 for name in final)
     assert any((final[name] != final[name].bfloat16()).any() for name in final)
-    assert json.loads((tmp_path / "run" / "final" / "config.json").read_text())["dtype"] == "float32"
+    loaded, theirs = (
+        kind.from_pretrained(tmp_path / "run" / "final") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    assert all(torch.equal(loaded.state_dict()[name], final[name]) for name in final)
+    assert {*loaded.state_dict()} - {*final} == {"lm_head.weight"}
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert theirs.chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("when", ["reward", "evaluation"])

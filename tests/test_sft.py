@@ -46,9 +46,8 @@ def test_inspect_shows_what_trains_and_writes_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, tmp_path):
-    args = sft.Args(output_dir=str(tmp_path / "run"), eval_steps=0, num_samples=4)
-    run = common.Run(args, "sft.py", None, None, bundled_lr=0.0, real_lr=0.0)
+def test_evaluation_is_a_mean_over_tokens_however_it_is_cut(tiny, tokenizer, make_run):
+    run = make_run()
     policy = common.load_policy(run)
     envs = [EnvBase([{"role": "user", "content": "a" * n}], "b" * (3 * n)) for n in (1, 2, 5)]
     conversations = [sft.encode(env, tokenizer, 512) for env in envs]

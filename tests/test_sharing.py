@@ -6,12 +6,12 @@ import json
 import os
 import re
 import sqlite3
-import sys
 import threading
 
 import pytest
 from conftest import FAST, fine, mistake, read_metrics, read_rows, record_of, run_main, run_script
 from huggingface_hub import ModelCard
+from test_processes import TORCHRUN
 
 import grpo
 import sharing
@@ -42,41 +42,28 @@ def test_wandb_and_trackio_get_the_log_and_a_resumed_run_goes_on_in_its_page(tmp
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's API, as far as uploads use it. `told` has what came by path; `files` what was committed, by name."""
+    """The hub's API, as far as uploads use it. `created`: what was asked of new repos; `files`: what was committed."""
 
-    protocol_version = "HTTP/1.1"
-
-    def do(self):
-        hub, body = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        hub.told.setdefault(self.path, []).append(body)
-        answer, code = {}, 200
-        if self.headers.get("Authorization") != "Bearer right" and self.command != "PUT":
-            answer, code = {"error": "Invalid username or password."}, 401
+    def do_GET(self):
+        hub = self.server
+        sent = [json.loads(line) for line in self.rfile.read(int(self.headers["Content-Length"] or 0)).splitlines()]
+        code, answer = 200, {"url": hub.repo, "commitUrl": f"{hub.repo}/commit/1", "commitOid": "1"}
+        if self.headers["Authorization"] != "Bearer right":
+            code, answer = 401, {"error": "Invalid username or password."}
         elif self.path == "/api/repos/create":
-            answer = {"url": f"{hub.url}/me/model"}
+            hub.created += sent
         elif "/preupload/" in self.path:
-            modes = [("lfs" if f["path"].endswith(".safetensors") else "regular", f) for f in json.loads(body)["files"]]
-            answer = {"files": [{"path": f["path"], "uploadMode": mode, "shouldIgnore": False} for mode, f in modes]}
-        elif self.path.endswith("/info/lfs/objects/batch"):
-            sent = json.loads(body)["objects"]
-            actions = [o | {"actions": {"upload": {"href": f"{hub.url}/lfs/{o['oid']}"}}} for o in sent]
-            answer = {"transfer": "basic", "objects": actions}
-        elif "/commit/" in self.path and not hub.fails:
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                elif line["key"] == "lfsFile":
-                    hub.files[line["value"]["path"]] = hub.told[f"/lfs/{line['value']['oid']}"][0]
-            answer = {"commitUrl": f"{hub.url}/me/model/commit/1", "commitOid": "1"}
+            answer = {"files": [file | {"uploadMode": "regular", "shouldIgnore": False} for file in sent[0]["files"]]}
+        elif "/commit/" in self.path and hub.fails:
+            code, answer = 500, {"error": "the disk is full"}
         elif "/commit/" in self.path:
-            answer, code = {"error": "the disk is full"}, 500
-        text = json.dumps(answer).encode()
+            files = [line["value"] for line in sent if line["key"] == "file"]
+            hub.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
         self.send_response(code)
-        self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(text)
+        self.wfile.write(json.dumps(answer).encode())
 
-    do_GET = do_POST = do_PUT = do
+    do_POST = do_GET
 
     def log_message(self, *_):
         pass
@@ -84,12 +71,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.url, server.told, server.files, server.fails = f"http://127.0.0.1:{server.server_port}", {}, {}, False
-    threading.Thread(target=server.serve_forever).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.url, server.created, server.files, server.fails = f"http://127.0.0.1:{server.server_port}", [], {}, False
+        server.repo = f"{server.url}/me/model"
+        threading.Thread(target=server.serve_forever).start()
+        yield server
+        server.shutdown()
 
 
 def push(hub, folder, *flags, token="right", **options):
@@ -98,12 +85,10 @@ def push(hub, folder, *flags, token="right", **options):
 
 
 def test_final_arrives_whole_in_a_private_repo_and_no_process_waits(hub, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = fine(push(hub, tmp_path / "run", "--lora-rank", 2, launcher=launcher))
-    assert done.stdout.splitlines()[-1] == f"pushed     {hub.url}/me/model"
-    for asked in map(json.loads, hub.told["/api/repos/create"]):
-        assert asked["name"] == "model"
-        assert asked.get("visibility") == "private" or asked["private"]
+    done = fine(push(hub, tmp_path / "run", "--lora-rank", 2, launcher=TORCHRUN))
+    assert done.stdout.splitlines()[-1] == f"pushed     {hub.repo}"
+    asked = [(repo["name"], repo.get("visibility") == "private" or repo["private"]) for repo in hub.created]
+    assert set(asked) == {("model", True)}
     final = tmp_path / "run" / "final"
     here = {str(path.relative_to(final)): path.read_bytes() for path in final.rglob("*") if path.is_file()}
     assert hub.files == here
