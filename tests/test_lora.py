@@ -29,11 +29,11 @@ def run(tmp_path):
 def test_gradient_is_that_of_the_merged_model_projected_onto_the_adapters(run):
     """Of weight W + s B A: dA is s B'dW, dB is s dW A'."""
     with_random_adapter(run.adapter)
-    lm, weights = common.ChunkedLM(in_float64(run.model)), torch.linspace(-1, 1, 11, dtype=torch.float64)
-    (common.token_logprobs(lm, *padded(*BATCH)) * weights).sum().backward()
+    lm, factors = common.ChunkedLM(in_float64(run.model)), torch.linspace(-1, 1, 11, dtype=torch.float64)
+    (common.token_logprobs(lm, *padded(*BATCH)) * factors).sum().backward()
     merged = in_float64(common.load_model("tiny", torch.device("cpu")))
     merged.load_state_dict(dict(weights.merged_weights(run.model)))
-    (common.token_logprobs(common.ChunkedLM(merged), *padded(*BATCH)) * weights).sum().backward()
+    (common.token_logprobs(common.ChunkedLM(merged), *padded(*BATCH)) * factors).sum().backward()
     seen = 0
     for name, layer in run.model.named_modules():
         if hasattr(layer, "lora_A"):
