@@ -18,7 +18,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -638,10 +637,10 @@ class Evaluator:
 # `Run` is a script's start-up: flags, processes, data, folder, the step to go on from; what is chosen is said and
 # recorded. Later it is the log, and says when to save.
 
-SHOWN = {  # metric -> its name in the line of a step
+SHOWN = {  # metric -> its name in the line of a step, of which a terminal shows as many as fit
     **{"reward/mean": "reward", "loss/total": "loss", "loss/reverse_kl": "reverse-kl", "loss/kl": "kl"},
-    **{"reward/zero_std_frac": "zero-std", "completion/length_mean": "len", "completion/truncated_frac": "cut"},
-    **{"policy/entropy": "entropy", "optim/lr": "lr", "optim/grad_norm": "grad", "time/step": "s/step"},
+    **{"completion/length_mean": "len", "completion/truncated_frac": "cut", "reward/zero_std_frac": "zero-std"},
+    **{"time/step": "s/step", "policy/entropy": "entropy", "optim/grad_norm": "grad", "optim/lr": "lr"},
 }
 WARNINGS = {  # metric -> its limit, and what to say above it
     "reward/zero_std_frac": (0.8, "most groups teach nothing, all rewards alike: change the problems' difficulty"),
@@ -712,8 +711,6 @@ class Run:
         why = "default" if args.learning_rate is None else "as asked"
         schedule = f"{args.warmup_steps} steps of warm-up, then {args.lr_schedule}"
         self.say(f"optimizer  AdamW, learning rate {self.learning_rate} ({why}), {schedule}")
-        if self.learning_rate == 0:
-            self.say("warning    --learning-rate is 0: nothing will be learned")
 
     def open_folder(self) -> tuple[Path, Path | None, int]:
         """Makes or reopens the folder; its path, the checkpoint to go on from, and that checkpoint's step."""
@@ -751,7 +748,7 @@ class Run:
         packages = ("torch", "transformers", "accelerate", "tyro", "rich")
         versions = {package: importlib.metadata.version(package) for package in packages}
         self.record |= chosen | {"resumed_from": self.step or None, "data": self.data, "dropped": self.dropped}
-        self.record |= {"git_revision": git_revision(), "versions": versions}
+        self.record |= {"git_revision": sharing.git_revision(), "versions": versions}
         if self.is_main:
             replace_text(self.folder / "args.json", json.dumps(self.record, indent=2) + "\n")
         self.track(lambda name, page: sharing.describe(name, page, self.record))
@@ -884,7 +881,10 @@ class Run:
         now, left = f"{step}/{self.args.num_steps}", self.args.num_steps - step
         minutes = left * (time.perf_counter() - self.started) / max(step - self.first, 1) / 60
         if shown := [f"{label} {metrics[name]:.3g}" for name, label in SHOWN.items() if name in metrics]:
-            self.say("  ".join([now, *shown, f"{minutes:.0f} min left"]))
+            parts = [now, f"{minutes:.0f} min left", *shown]
+            while self.console.is_terminal and len("  ".join(parts)) > self.console.width:
+                parts.pop()
+            self.say("  ".join(parts))
         if held_out := [f"{name[5:]} {value:.4g}" for name, value in metrics.items() if name.startswith("eval/")]:
             self.say(f"{now}  held out: {', '.join(held_out)}", "bold green")
         if records and (step == 1 or held_out):
@@ -991,14 +991,6 @@ def print_nothing(console: Console) -> None:
     console.quiet = True
     with suppress(OSError, ValueError):  # a notebook's has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def git_revision() -> str | None:
-    """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository, or without git."""
-    if shutil.which("git") is None:
-        return None
-    git, here = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="], Path(__file__).resolve().parent
-    return subprocess.run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def replace_text(path: Path, text: str) -> None:

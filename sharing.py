@@ -9,6 +9,8 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,14 @@ def push(repo: str, folder: Path) -> str:
     except Exception as error:  # of whatever kind: the model is on the disk
         command = shlex.join(["hf", "upload", "--private", repo, str(folder), "."])
         return f"warning    not pushed: {chat.shorten(repr(error))}; by hand: {command}"
+
+
+def git_revision() -> str | None:
+    """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository, or without git."""
+    if shutil.which("git") is None:
+        return None
+    git, here = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="], Path(__file__).resolve().parent
+    return subprocess.run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def model_card(args: Any, record: dict[str, Any], results: dict[str, tuple[float, float]]) -> str:

@@ -18,7 +18,7 @@ DEFAULTS = {
     for name, script in SCRIPTS.items()
 }
 GUIDES = {"sft": "sft", "grpo": "grpo", "onpolicy_distill": "onpolicy_distillation"}
-CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240, "sharing.py": 110}
+CEILINGS = {"sft.py": 280, "grpo.py": 360, "onpolicy_distill.py": 310, "evaluate.py": 240, "sharing.py": 120}
 CEILINGS |= {"common.py": 1130, "chat.py": 610, "engines.py": 250, "packing.py": 170, "tables.py": 220}
 CEILINGS |= {"weights.py": 150, "envs.py": 460, "grading.py": 150, "math_worker.py": 45, "README.md": 140}
 RESULTS = ROOT / "training_guide" / "results"
