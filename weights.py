@@ -25,10 +25,13 @@ def check_memory(run: Any, count: int) -> None:
     text = run.model.config.get_text_config()
     wide = 5 if run.args.gradient_checkpointing else 80  # bytes a token, layer and hidden unit, as measured
     activations = run.micro_batch_tokens * text.num_hidden_layers * text.hidden_size * wide
-    moments = count * 12 / (run.processes if run.args.shard else 1)  # a gradient and two moments, float32
+    to_come = run.load_device != run.device  # its part of the weights, which the others have there already
+    needed = count * 12 + sum(p.nbytes for p in run.model.parameters()) * to_come  # a gradient, two moments: float32
+    needed /= run.processes if run.args.shard else 1
     free = free_memory(run.device)
-    if moments + activations > free:
-        parts = f"{moments / 1e9:.1f} GB for gradients and moments, {activations / 1e9:.1f} GB for a pass"
+    if needed + activations > free:
+        what = f"{'weights, ' * to_come}gradients and moments"
+        parts = f"{needed / 1e9:.1f} GB for {what}, {activations / 1e9:.1f} GB for a pass"
         advice = "--gradient-checkpointing, a lower --micro-batch-tokens, or --lora-rank 16"
         raise UserError(f"{run.source} needs {parts}, {free / 1e9:.1f} GB are free: try {advice}")
 
@@ -50,12 +53,14 @@ def add_adapter(run: Any) -> Any:
 
     A fresh adapter adds nothing: its second matrix is 0. Raises a UserError for a source of another rank.
     """
-    peft, rank, alpha = importlib.import_module("peft"), run.args.lora_rank, run.args.lora_alpha
-    if chat.base_of(run.source) == BUNDLED.get(run.source, run.source):
-        return peft.get_peft_model(run.model, peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
-    with chat.loading(f"the adapter {run.source}"):
+    peft: Any = importlib.import_module("peft")
+    rank, alpha = run.args.lora_rank, run.args.lora_alpha
+    with chat.loading(f"an adapter on {run.source}"):
+        if chat.base_of(run.source) == BUNDLED.get(run.source, run.source):
+            config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+            return peft.get_peft_model(run.model, config)
         adapter = peft.PeftModel.from_pretrained(run.model, run.source, is_trainable=True)
-        config: Any = adapter.peft_config["default"]
+        config = adapter.peft_config["default"]
         if (config.r, config.lora_alpha) != (rank, alpha):
             words = f"--lora-rank {config.r} --lora-alpha {config.lora_alpha:g}"
             raise ValueError(f"go on with it by {words}, or train its merged weights by --lora-rank 0")
@@ -86,7 +91,7 @@ def split(lm: nn.Module, model: nn.Module, device: torch.device) -> None:
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     trains = any(parameter.requires_grad for parameter in model.parameters())
-    for module in [*layers, lm] if trains else layers:
+    for module in [*reversed(layers), *[lm] * trains]:  # inner ones first
         fully_shard(module, reshard_after_forward=True)
     model.to(device)
 

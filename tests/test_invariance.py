@@ -80,7 +80,8 @@ def runs(tmp_path_factory):
     cases += [case(f"{o} {cut}", o, 4, **options) for o in OBJECTIVES for cut, options in CUTS.items()]
     launch(cases, alone, processes=1)
     cases = [case(o, o, 2, tokens="60") for o in OBJECTIVES]
-    cases += [case(f"split {o}", o, 2, tokens="60", flags=["--shard"]) for o in SPLIT]
+    options = {"flags": ["--shard", "--gradient-checkpointing"], "head_logits": 7 * 299}
+    cases += [case(f"split {o}", o, 2, tokens="60", **options) for o in SPLIT]
     launch(cases, pair, processes=2)
     return alone, pair
 

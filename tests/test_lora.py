@@ -7,6 +7,7 @@ import pytest
 import torch
 from capture import in_float64, with_random_adapter
 from conftest import FAST, fine, mistake, read_metrics, run_main
+from test_architectures import tiny_model
 from test_common import BATCH, padded
 from transformers import AutoModelForCausalLM
 
@@ -96,6 +97,7 @@ def test_an_adapter_trains_on_or_merged_but_not_at_another_rank_or_on_another_ba
     (other / "adapter_config.json").write_text(json.dumps(settings))
     mistakes = {"go on with it by --lora-rank 4 --lora-alpha 32": ["--model", adapter, "--lora-rank", 8]}
     mistakes["cannot load"] = ["--model", other, *LORA]
+    mistakes["take one of them"] = ["--from-scratch", *LORA]
     for reason, flags in mistakes.items():
         assert reason in mistake(run_main("sft.py", *FAST[:6], *flags, "--output-dir", tmp_path / "x"))
 
@@ -103,3 +105,22 @@ def test_an_adapter_trains_on_or_merged_but_not_at_another_rank_or_on_another_ba
 def test_what_will_not_fit_is_told_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "free_memory", lambda device: 10e6)
     assert "GB for gradients and moments" in mistake(run_main("grpo.py", *FAST, "--output-dir", tmp_path / "run"))
+
+
+def test_layers_within_layers_are_split():
+    model = tiny_model("mbart", scale=4.0)
+    whole = common.token_logprobs(model, *padded(*BATCH))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        lm = common.ChunkedLM(model, split_on=torch.device("cpu"))
+        assert torch.equal(common.token_logprobs(lm, *padded(*BATCH)), whole)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_pass_in_bf16_keeps_no_copy_of_all_layers(tiny):
+    kept = []
+    hook = tiny.model.norm.register_forward_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    common.token_logprobs(common.ChunkedLM(tiny, torch.bfloat16), *padded(*BATCH))
+    hook.remove()
+    assert set(kept) == {False}
