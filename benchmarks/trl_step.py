@@ -41,7 +41,7 @@ class Timer(TrainerCallback):
 
     def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:  # not the line of the end
-            kept = {"loss": "loss", "completions/mean_length": "length"}
+            kept = {"loss": "loss", "completions/mean_length": "length", "reward": "reward"}
             print(json.dumps(self.line | {new: float(logs[old]) for old, new in kept.items() if old in logs}))
 
     def around(self, function: Any) -> Any:
