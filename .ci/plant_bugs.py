@@ -54,7 +54,6 @@ chat.py
     engine: a turn's end does not stop ~ convert_tokens_to_ids\(\[stop\] if stop else \[\]\) ~ convert_tokens_to_ids([])
     mask: header trains where it swallows a line end ~ start \+ len\(.*rstrip\(\)\) if token in special else end ~ end
 engines.py
-    lora: merged without its scale or sign ~ \+ adapted_layer\.get_delta ~ - adapted_layer.get_delta
     mask: prompt trains ~ before = \[0\] \* len\(prompt\) ~ before = [1] * len(prompt)
     engine: a group's prompt for other rows ~ cache\.reorder_cache\(rows\) ~ cache.reorder_cache(rows.flip(0))
     engine: rows that go on mixed up ~ cache\.reorder_cache\(index\) ~ cache.reorder_cache(index.flip(0))
@@ -82,6 +81,9 @@ math_worker.py
     worker: strings are evaluated ~ LITERAL\.fullmatch\(code\)\[0\] ~ code
     worker: letters of a word in any order ~ not words and ~
     worker: decimals are rounded ~ float_rounding=10 ~ float_rounding=5
+weights.py
+    lora: merged without its scale or sign ~ \+ adapted_layer\.get_delta ~ - adapted_layer.get_delta
+    shard: a resumed run forgets its moments ~ value\.to\(parameter\.device\) ~ value.to(parameter.device) * 0
 common.py
     lora: the reference has the adapter on ~ with run\.adapter\.disable_adapter\(\): ~ with suppress():
     frozen: what no token reaches waits ~ requires_grad_\(False\)(?=\n +run\.model\.zero) ~ requires_grad_(True)
