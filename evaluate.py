@@ -28,6 +28,7 @@ from rich.table import Table
 import chat
 import common
 import envs
+import sharing
 
 BLOCK = 128  # problems that are scored and written at a time
 PART = "results.part.jsonl"  # becomes results.jsonl when it is whole
@@ -226,7 +227,7 @@ def main(args: Args, dataset: Any = None) -> None:
         console.print(f"compared   {words} (95% interval {low:+.3f} to {high:+.3f})", style="bold")
     os.replace(folder / PART, folder / "results.jsonl")
     about = vars(args) | {"problems": len(dataset), "engine_version": engine.name}
-    about |= {"num_processes": accelerator.num_processes, "git_revision": common.git_revision()}
+    about |= {"num_processes": accelerator.num_processes, "git_revision": sharing.git_revision()}
     common.replace_text(folder / "metrics.json", json.dumps(about | metrics, indent=2) + "\n")
     table = Table("metric", "value", title=f"{args.model} on {args.dataset}")
     for metric, value in metrics.items():
