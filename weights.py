@@ -25,12 +25,14 @@ def check_memory(run: Any, count: int) -> None:
     text = run.model.config.get_text_config()
     wide = 5 if run.args.gradient_checkpointing else 80  # bytes a token, layer and hidden unit, as measured
     activations = run.micro_batch_tokens * text.num_hidden_layers * text.hidden_size * wide
-    to_come = run.load_device != run.device  # its part of the weights, which the others have there already
-    needed = count * 12 + sum(p.nbytes for p in run.model.parameters()) * to_come  # a gradient, two moments: float32
-    needed /= run.processes if run.args.shard else 1
+    needed, what = count * 12, "gradients and moments"  # float32, two moments
+    if run.args.shard:
+        needed /= run.processes
+        if run.load_device != run.device:  # a part of the weights is yet to come
+            needed += sum(p.nbytes for p in run.model.parameters()) / run.processes
+            what = "weights, gradients and moments"
     free = free_memory(run.device)
     if needed + activations > free:
-        what = f"{'weights, ' * to_come}gradients and moments"
         parts = f"{needed / 1e9:.1f} GB for {what}, {activations / 1e9:.1f} GB for a pass"
         advice = "--gradient-checkpointing, a lower --micro-batch-tokens, or --lora-rank 16"
         raise UserError(f"{run.source} needs {parts}, {free / 1e9:.1f} GB are free: try {advice}")
@@ -90,9 +92,10 @@ def split(lm: nn.Module, model: nn.Module, device: torch.device) -> None:
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
-    trains = any(parameter.requires_grad for parameter in model.parameters())
-    for module in [*reversed(layers), *[lm] * trains]:  # inner ones first
-        fully_shard(module, reshard_after_forward=True)
+    for layer in reversed(layers):  # inner ones first
+        fully_shard(layer, reshard_after_forward=True)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        fully_shard(lm, reshard_after_forward=True)
     model.to(device)
 
 
