@@ -150,7 +150,10 @@ def ours(task: str, args: Args, folder: Path, name: str, old: bool = False) -> d
         script += ["--teacher-model", args.teacher or args.model]
     script += ["--max-new-tokens", forced] if forced else []
     variables = {"BENCH_ROOT": str(Path(args.old).resolve()) if old and args.old else ""}
-    variables |= {"BENCH_NATURAL": "" if forced else "1", "BENCH_OWN_PRODUCTS": "1" * (old and args.old_own_products)}
+    variables |= {
+        "BENCH_NATURAL": "" if forced else "1",
+        "BENCH_OWN_PRODUCTS": "1" if old and args.old_own_products else "",
+    }
     command = [args.old_python if old else sys.executable, HERE / "forced_length.py", *script, *flags]
     run([*map(str, command)], folder / f"{name}.log", **variables)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]

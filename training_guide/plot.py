@@ -85,7 +85,9 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
         flags = members[0].flags
         differ = sorted(name for script, name in values if script == flags["script"] and len(values[script, name]) > 1)
         words = [flags["script"], *(f"{name.replace('_', '-')} {flags[name]}" for name in differ)]
-        label = " ".join(words) + f" ({len(members)} seeds)" * (len(members) > 1)
+        label = " ".join(words)
+        if len(members) > 1:
+            label += f" ({len(members)} seeds)"
         labels[label if label not in labels else f"{label}, {members[0].name}"] = (
             members  # of versions with other flags
         )

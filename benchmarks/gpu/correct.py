@@ -51,7 +51,7 @@ def check(name: str, good: bool | Tensor | None, value: Any, wanted: str = "") -
     word = "info" if good is None else "PASS" if good else "FAIL"
     seconds = time.perf_counter() - STARTED
     print(
-        f"[{seconds:5.1f}s] {word} {name}: {value}{f'   (wanted {wanted})' * bool(wanted and word != 'info')}",
+        f"[{seconds:5.1f}s] {word} {name}: {value}{f'   (wanted {wanted})' if wanted and word != 'info' else ''}",
         flush=True,
     )
 
@@ -206,7 +206,7 @@ def gradients_of_tiny() -> None:
             logprobs, got = gradients(lm, inputs, KERNELS[name])
         error = relative_error(got, expected)
         gap = float((logprobs - expected_logprobs).abs().max())
-        what = f"tiny, {str(dtype)[6:]}, {name}{', cuDNN as by default' * cudnn}"
+        what = f"tiny, {str(dtype)[6:]}, {name}{', cuDNN as by default' if cudnn else ''}"
         good, wanted = (None, "") if limit is None else (error < limit, f"the first below {limit}")
         check(f"{what}: gradient's relative error, largest log-prob gap", good, rounded(error, gap), wanted)
 
@@ -295,7 +295,7 @@ def gradients_of_qwen_shape() -> None:
             got = gradients(lm, inputs, KERNELS[name])[1]
         error = relative_error(got, expected)
         of_head = relative_error({embedding: got[embedding]}, {embedding: expected[embedding]})
-        what = f"shape of 0.5B, bf16, {name}, head 2^{head}{', cuDNN as by default' * cudnn}"
+        what = f"shape of 0.5B, bf16, {name}, head 2^{head}{', cuDNN as by default' if cudnn else ''}"
         good = None if cudnn else error < 0.03
         check(f"{what}: gradient's error, of the head", good, rounded(error, of_head), "the first below 0.03")
     for deterministic in (False,) if DRY else (False, True):
@@ -303,7 +303,7 @@ def gradients_of_qwen_shape() -> None:
         for name, kernel in KERNELS.items():
             once, twice = (gradients(lm, inputs, kernel)[1] for _ in range(2))
             same = all(torch.equal(once[n], twice[n]) for n in once)
-            words = ", torch's deterministic algorithms" * deterministic
+            words = ", torch's deterministic algorithms" if deterministic else ""
             check(f"the same pass twice is bit for bit the same, {name}{words}", None, same)
     torch.use_deterministic_algorithms(False)
 
