@@ -1,4 +1,4 @@
-"""What the scripts share: start-up, models, masks, log-probs, batches, generation, evaluation, the log, checkpoints.
+"""What the scripts share: start-up, models, log-probs, batches, evaluation, the log, checkpoints.
 
 Shapes: B sequences, P prompts, T tokens, N trained tokens of a pass, H hidden size, V vocabulary, D size of a head.
 """

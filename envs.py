@@ -1,4 +1,4 @@
-"""Environments: a prompt, an optional answer, and a reward. Datasets of them, and the grader for math answers.
+"""Environments: a prompt, an optional answer, and a reward. Datasets of them, from rows as people have them.
 
 An environment is the whole task: `prompt` is what the model sees, `get_reward` scores what it wrote, `get_target` is
 what supervised fine-tuning imitates. A dataset is anything with `len` and `[]` that gives environments.
