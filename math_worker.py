@@ -1,4 +1,4 @@
-"""Compares answers in LaTeX as mathematics, with Math-Verify: the process that `grading.MathWorker` starts, and may kill.
+"""Compares answers in LaTeX as mathematics, with Math-Verify: the process that `grading` starts, and may kill.
 
 It reads lines of JSON, [reference, answer], and writes true or false for each, after one of "ready". Ctrl-C spares it.
 """
