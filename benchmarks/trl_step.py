@@ -56,10 +56,27 @@ class Timer(TrainerCallback):
         return timed
 
 
+def finish(trainer: Any, save: str) -> None:
+    trainer.train()
+    if save:
+        trainer.save_model(save)
+
+
 def main(
-    task: str, model: str, data: str, steps: int, teacher: str = "", forced: int = 0, lora: int = 0, **options: Any
+    task: str,
+    model: str,
+    data: str,
+    steps: int,
+    teacher: str = "",
+    forced: int = 0,
+    lora: int = 0,
+    save: str = "",
+    **options: Any,
 ) -> None:
-    """`forced`: every completion has that many tokens; 0: they end where the model ends them. `lora`: a rank."""
+    """`forced`: every completion has that many tokens; 0: they end where the model ends them. `lora`: a rank.
+
+    `save`: a folder for the trained model; "": it is not kept. `options` go to TRL's configuration.
+    """
     on_gpu = torch.cuda.is_available()
     common: dict[str, Any] = {"output_dir": "/tmp/trl", "report_to": "none", "save_strategy": "no", "logging_steps": 1}
     common |= {"max_steps": steps, "bf16": on_gpu, "use_cpu": not on_gpu, "learning_rate": 1e-6, "disable_tqdm": True}
@@ -72,7 +89,7 @@ def main(
         pairs = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in rows]
         config: Any = SFTConfig(**common | options)
         trainer: Any = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(pairs), callbacks=[timer])
-        return trainer.train()
+        return finish(trainer, save)
     prompts = Dataset.from_list([{"prompt": row["prompt"], "solution": row["answer"]} for row in rows])
     common |= {"max_completion_length": forced or 256}
     if forced:
@@ -102,7 +119,7 @@ def main(
             adapters["peft_config"] = LoraConfig(r=lora, lora_alpha=32, target_modules="all-linear")
         trainer = GRPOTrainer(model, reward, args=config, train_dataset=prompts, callbacks=[timer], **adapters)
     trainer._generate = timer.around(trainer._generate)
-    return trainer.train()
+    finish(trainer, save)
 
 
 if __name__ == "__main__":
