@@ -547,7 +547,7 @@ def backward(run: "Run", loss: Tensor) -> None:
 def optimizer_step(run: "Run", step: int, lr: float, loss: float) -> float:
     """Clips, updates, clears; returns the gradient norm before clipping. `loss`: this process's share, for the message.
 
-    Raises a FloatingPointError, on every process and before a weight changes, when the norm is NaN or infinite.
+    Raises a UserError, on every process and before a weight changes, when the norm is NaN or infinite.
     """
     grad_norm = weights.whole(nn.utils.clip_grad_norm_(run.policy.parameters(), run.args.max_grad_norm)).item()
     if not math.isfinite(grad_norm):
@@ -556,7 +556,7 @@ def optimizer_step(run: "Run", step: int, lr: float, loss: float) -> float:
         cause = ", ".join(bad) or "the loss is finite, its gradient is not"
         if run.updated < step:  # the weights are still those of the step before
             save_checkpoint(run)
-        raise FloatingPointError(f"step {step}: gradient norm {grad_norm}: {cause}; stopped before the update")
+        raise UserError(f"step {step}: gradient norm {grad_norm}: {cause}; not updated: lower --learning-rate")
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()

@@ -84,7 +84,7 @@ def some_rewards(dataset: Any) -> bool:
 
 def require_rewards(dataset: Any) -> None:
     if len(dataset) and not some_rewards(dataset):
-        raise UserError("row 0 has no reward: give the row an answer, or its environment a get_reward")
+        raise UserError("none of the rows has a reward: give rows an answer, or their environments a get_reward")
 
 
 @dataclass

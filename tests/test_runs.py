@@ -229,7 +229,7 @@ def test_main_takes_rows_and_paths_and_leaves_signals_as_they_were(tmp_path):
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
     assert [common.newest_checkpoint(tmp_path / name)[1] for name in ("one", "two")] == [1, 1]
     what = "train_dataset must be a sequence of at least one EnvBase, or of rows"
-    for wrong, told in (([1, 2], what), (rows.remove_columns("answer"), "row 0 has no reward")):
+    for wrong, told in (([1, 2], what), (rows.remove_columns("answer"), "none of the rows has a reward")):
         with pytest.raises(envs.UserError, match=told):
             grpo.main(grpo.Args(**args, output_dir=str(tmp_path / "three")), wrong)
 
