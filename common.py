@@ -599,7 +599,7 @@ def together(function: Callable[..., Any], *args: Any) -> Any:
 
 def score_all(environments: Sequence[envs.EnvBase], texts: Sequence[str]) -> list[float]:
     """Rewards of this process's completions."""
-    return together(lambda: [envs.score(env, text) for env, text in zip(environments, texts, strict=True)])
+    return [envs.score(env, text) for env, text in zip(environments, texts, strict=True)]
 
 
 @dataclass
@@ -628,7 +628,7 @@ class Evaluator:
         sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         completions = self.engine.generate([self.prompts[i] for i, _ in jobs], seeds, **sampling)
         texts = [completion.text(self.tokenizer) for completion in completions]
-        rewards, records = score_all([self.dataset[i] for i, _ in jobs], texts), []
+        rewards, records = together(score_all, [self.dataset[i] for i, _ in jobs], texts), []
         for (i, k), text, reward, completion in zip(jobs, texts, rewards, completions, strict=True):
             env = self.dataset[i]
             record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}
@@ -824,10 +824,6 @@ class Run:
         """One seed for each of this process's `count` completions at a step."""
         first = self.accelerator.process_index * count
         return [completion_seed(self.args.seed, step, first + b) for b in range(count)]
-
-    def score(self, rows: Sequence[int], texts: Sequence[str]) -> list[float]:
-        """Rewards of completions of training rows."""
-        return self.safely(score_all, [self.train_dataset[row] for row in rows], texts)
 
     def safely(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function returns. A mistake of the user's on one process ends all, and costs no step."""
