@@ -569,13 +569,18 @@ def check_gap(run: "Run", logprobs: Tensor, engine_logprobs: Tensor, sampled: Te
     """Mean and largest difference of the trainer's log-probs from the engine's, and the mean ratio, as metrics.
 
     Tensors are (B, T); `sampled` is 1 for the tokens that are compared. Raises a UserError, on every process, when the
-    mean is above --max-logprob-gap.
+    mean is above --max-logprob-gap; the last step is saved then, unless its weights give NaN.
     """
     log_ratio, tokens = (logprobs - engine_logprobs) * sampled, sampled.sum()
     gap = run.sum(log_ratio.abs().sum()) / max(run.sum(tokens), 1)
     if not gap <= run.args.max_logprob_gap:  # NaN is no agreement
         words = f"trainer and engine differ by {gap:.3g} nats a token, --max-logprob-gap is {run.args.max_logprob_gap}"
-        raise UserError(f"{words}: the weights did not arrive, or they sample from different distributions")
+        cause = "the weights did not arrive, or they sample from different distributions"
+        if math.isnan(gap):
+            cause = "weights that give NaN come from too large an update: lower --learning-rate"
+        elif run.step > 0:  # it costs no step that is done
+            save_checkpoint(run)
+        raise UserError(f"{words}: {cause}")
     largest = max(gather_object([log_ratio.abs().max().item() if tokens else 0.0]))  # a process may have none
     ratio = (log_ratio.expm1().sum() + tokens, tokens)  # e^0 - 1 is 0 where nothing is compared
     return {"policy/logprob_gap": gap, "policy/logprob_gap_max": largest, "policy/engine_ratio": ratio}
@@ -977,13 +982,12 @@ def check_same_flags(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """args.json of a folder to go on with. Raises a UserError if it is broken, or says other things than `record`."""
     with chat.loading(f"{folder / 'args.json'}, which says how it was started"):
         before = dict(json.loads((folder / "args.json").read_text()))
-    changed, free = [], set(FREE_TO_CHANGE)
+    free = set(FREE_TO_CHANGE)
     sizes = [flags.get("batch_size", 0) * flags.get("num_processes", 1) for flags in (before, record)]
     if sizes[0] == sizes[1]:  # the same work, cut in another way
         free |= {"batch_size", "num_processes"}
-    for name, value in record.items():
-        if name not in free and before.get(name, value) != value:
-            changed.append(f"--{name.replace('_', '-')} {before[name]} -> {value}")
+    names = [name for name, value in record.items() if name not in free and before.get(name, value) != value]
+    changed = [f"--{name.replace('_', '-')} {before[name]} -> {record[name]}" for name in names]
     if changed:
         hint = "; processes times --batch-size must stay the same" if sizes[0] != sizes[1] else ""
         raise UserError(f"{folder} was started with other flags: {', '.join(changed)}{hint}")

@@ -149,7 +149,8 @@ class HFEngine:
                 else:  # the first token whose cumulative probability exceeds the uniform
                     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)  # float32 would lose the tail
                     share = uniforms[going, t, None] * cumulative[:, -1:]
-                    tokens = torch.searchsorted(cumulative, share, right=True)
+                    # Of NaN it is V, which is no token: `common.check_gap` tells of the NaN that its log-prob is.
+                    tokens = torch.searchsorted(cumulative, share, right=True).clamp(max=logprobs.shape[1] - 1)
                 chosen = zip(going, tokens[:, 0].tolist(), logprobs.gather(-1, tokens)[:, 0].tolist(), strict=True)
                 for row, token, logprob in chosen:
                     completions[row].token_ids.append(token)
