@@ -931,8 +931,8 @@ class Run:
         results = {}
         for name in ("eval/accuracy", "eval/reward_mean", "eval/ce_loss"):
             values = {line["step"]: line[name] for line in lines if name in line}
-            if self.step in values:  # else what was evaluated is another model
-                results[name] = next(iter(values.values())), values[self.step]
+            if {0, self.step} <= values.keys():  # else what was evaluated is another model
+                results[name] = values[0], values[self.step]
         card = sharing.model_card(self.args, self.record, results)
         publish(self.folder / "final", functools.partial(save_model, self, tensors=tensors, card=card), self.step)
         minutes = (time.perf_counter() - self.started) / 60
