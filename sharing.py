@@ -29,9 +29,9 @@ def start_tracker(name: str, args: Any, script: str, folder: Path, record: dict[
     if importlib.util.find_spec(name) is None:
         raise chat.UserError(f"--enable-{name} needs {name}: pip install {name}")
     page = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    own = {"id": page, "resume": "allow", "dir": str(folder)}
-    if name == "trackio":  # it knows a page by its name
-        own = {"resume": "allow" if args.resume else "never"}
+    own = {"resume": "allow" if args.resume else "never"}  # Trackio knows a page by its name
+    if name == "wandb":  # which by default gives a second run of one process, as in a sweep, the page of the first
+        own = {"id": page, "resume": "allow", "dir": str(folder), "reinit": "finish_previous"}
     project = args.wandb_project or os.environ.get("WANDB_PROJECT") or script
     with chat.loading(name):
         init = importlib.import_module(name).init

@@ -9,7 +9,7 @@ import sqlite3
 import threading
 
 import pytest
-from conftest import FAST, fine, mistake, read_metrics, read_rows, record_of, run_main, run_script
+from conftest import FAST, ROOT, fine, mistake, read_metrics, read_rows, record_of, run_main, run_script
 from huggingface_hub import ModelCard
 from test_processes import TORCHRUN
 
@@ -39,6 +39,10 @@ def test_wandb_and_trackio_get_the_log_and_a_resumed_run_goes_on_in_its_page(tmp
     tables = sorted(tmp_path.glob("run/wandb/offline*/files/media/table/*.json"), key=os.path.getmtime)
     assert [json.loads(path.read_text())["columns"] for path in tables] == [[*completions[0]]] * 2
     assert len({path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}) == 1
+    flags = "num_steps=1, batch_size=2, max_new_tokens=8, eval_steps=0, enable_wandb=True"
+    (tmp_path / "sweep.py").write_text(f"import grpo\nfor name in 'ab': grpo.main(grpo.Args({flags}, output_dir=name))")
+    fine(run_script(tmp_path / "sweep.py", env=env | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path))
+    assert len([*tmp_path.glob("[ab]/wandb/offline-run-*")]) == 2
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
