@@ -77,11 +77,11 @@ def push(repo: str, folder: Path) -> str:
 
 
 def git_revision() -> str | None:
-    """Commit of the scripts, with `-dirty` if they were changed since; None outside a repository, or without git."""
-    if shutil.which("git") is None:
-        return None
-    git, here = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="], Path(__file__).resolve().parent
-    return subprocess.run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip() or None
+    """Commit of the scripts, with `-dirty` if they were changed since; None without git, and of an installed copy."""
+    options: Any = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True, "check": False}
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    own = shutil.which("git") and subprocess.run(["git", "ls-files", Path(__file__).name], **options).stdout
+    return (subprocess.run(git, **options).stdout.strip() or None) if own else None  # not of a repository around it
 
 
 def model_card(args: Any, record: dict[str, Any], results: dict[str, tuple[float, float]]) -> str:
