@@ -681,6 +681,7 @@ class Run:
         self.args, self.name, self.accelerator = args, Path(script).stem, join_processes()
         self.dropped: list[str] = []  # what was said of rows that were left out
         self.pages: dict[str, Any] = {}  # of trackers
+        self.warned: dict[str, int] = {}  # metric -> the step from which it may be warned of again
         self.received_signal = self.updated = 0  # none; the step of the last update
         self.device, self.processes = self.accelerator.device, self.accelerator.num_processes
         if args.shard and self.processes == 1:
@@ -699,15 +700,14 @@ class Run:
         self.record = {"script": self.name, **vars(args), "learning_rate": self.learning_rate}  # args.json
         self.record |= {"micro_batch_tokens": self.micro_batch_tokens, "num_processes": self.processes}
         self.data = digest_of(self.train_dataset)  # shows on resume if it was edited
-        digest_of(self.eval_dataset or [])
+        digest_of(self.eval_dataset or [])  # raises if the processes' differ
         self.folder, self.checkpoint, self.step = on_main_process(self.accelerator, self.open_folder)
         self.source, self.first = str(self.checkpoint or args.model), self.step  # what to load, where it begins
         self.finished = self.step >= args.num_steps and step_of(self.folder / "final") == self.step
         if self.finished:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
             return
-        options = (args.chat_template, True, args.chat_template_args)
-        self.tokenizer, self.warned = chat.load_tokenizer(self.source, *options), {}
+        self.tokenizer = chat.load_tokenizer(self.source, args.chat_template, template_args=args.chat_template_args)
         on_main_process(self.accelerator, self.start_sharing)
         resumed = f", resumed from step {self.step}" if self.step else ""
         self.say(f"run        {self.folder} · {self.processes} process(es) on {where}{resumed}", device=where)

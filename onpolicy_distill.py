@@ -109,7 +109,7 @@ class Args:
     warmup_steps: int = 5
     """steps of linear warm-up"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """after warm-up: constant, or down to zero at the last step"""
+    """after warm-up: constant, or down to zero, one step after the last"""
     weight_decay: float = 0.0
     """AdamW's, on matrices only"""
     max_grad_norm: float = 1.0
@@ -119,7 +119,7 @@ class Args:
 
     # Evaluation
     eval_steps: int = 50
-    """evaluate (greedily) every so many steps, and at the first and the last; 0: never"""
+    """evaluate (greedily) every so many steps, before the first and at the last; 0: never"""
     eval_samples: int = 512
     """at most this many problems"""
 
