@@ -602,11 +602,6 @@ def together(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def score_all(environments: Sequence[envs.EnvBase], texts: Sequence[str]) -> list[float]:
-    """Rewards of this process's completions."""
-    return [envs.score(env, text) for env, text in zip(environments, texts, strict=True)]
-
-
 @dataclass
 class Evaluator:
     """Scores an engine's completions of a dataset, sharded over the processes: each problem once, none twice."""
@@ -633,7 +628,7 @@ class Evaluator:
         sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         completions = self.engine.generate([self.prompts[i] for i, _ in jobs], seeds, **sampling)
         texts = [completion.text(self.tokenizer) for completion in completions]
-        rewards, records = together(score_all, [self.dataset[i] for i, _ in jobs], texts), []
+        rewards, records = together(envs.score_all, [self.dataset[i] for i, _ in jobs], texts), []
         for (i, k), text, reward, completion in zip(jobs, texts, rewards, completions, strict=True):
             env = self.dataset[i]
             record = {"problem": i, "sample": k, "prompt": env.prompt, "answer": env.answer, "completion": text}

@@ -16,6 +16,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -71,6 +72,10 @@ def score(env: EnvBase, text: str) -> float:
         if not isinstance(reward, (str, bytes, complex)) and math.isfinite(number := float(reward)):
             return number
     raise UserError(f"{name} gave {shorten(repr(reward))} {where}: it must be a finite number")
+
+
+def score_all(environments: Sequence[EnvBase], texts: Sequence[str]) -> list[float]:
+    return [score(env, text) for env, text in zip(environments, texts, strict=True)]
 
 
 def has_reward(env: EnvBase) -> bool:

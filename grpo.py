@@ -262,7 +262,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         rollout_seconds = time.perf_counter() - started
 
         # 2. reward
-        scores = run.safely(common.score_all, [train_dataset[row] for row in rows], texts)
+        scores = run.safely(envs.score_all, [train_dataset[row] for row in rows], texts)
         rewards = torch.tensor(scores, dtype=torch.float64, device=device).view(-1, args.group_size)  # (P, G)
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 

@@ -229,7 +229,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
 
         # 2. reward
         graded = [b for b, row in enumerate(rows) if envs.has_reward(train_dataset[row])]  # none needs a reward
-        scores = run.safely(common.score_all, [train_dataset[rows[b]] for b in graded], [texts[b] for b in graded])
+        scores = run.safely(envs.score_all, [train_dataset[rows[b]] for b in graded], [texts[b] for b in graded])
         truncated = torch.tensor([c.finish_reason == "length" for c in completions], device=device)  # (B,)
 
         # 3. advantages
