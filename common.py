@@ -701,6 +701,7 @@ class Run:
         self.finished = self.step >= args.num_steps and step_of(self.folder / "final") == self.step
         if self.finished:
             self.say(f"{self.folder} is done: step {self.step} of {args.num_steps}, the model is in final/")
+            self.push()
             return
         self.tokenizer = chat.load_tokenizer(self.source, args.chat_template, template_args=args.chat_template_args)
         on_main_process(self.accelerator, self.start_sharing)
@@ -915,8 +916,12 @@ class Run:
             self.pause()
 
     def finish(self) -> None:
-        """`final/`, the very weights that were evaluated last. No process waits for its upload, which may take long."""
+        """`final/`, the very weights that were evaluated last."""
         on_main_process(self.accelerator, self.publish_final, weights_to_save(self))
+        self.push()
+
+    def push(self) -> None:
+        """Uploads `final/` where that is asked for, which may take long: no other process waits."""
         if self.is_main and self.args.push_to_hub is not None:
             self.say(sharing.push(self.args.push_to_hub, self.folder / "final"))
 

@@ -106,6 +106,8 @@ def test_a_hub_that_fails_or_is_away_costs_a_warning_and_a_refusal_is_told_first
     assert [*(tmp_path / "refused").iterdir()] == []
     hub.fails = True
     failed = fine(push(hub, tmp_path / "failed"))
+    hub.fails = False  # and the same command again uploads what is done
+    assert fine(push(hub, tmp_path / "failed", "--resume")).stdout.splitlines()[-1] == f"pushed     {hub.repo}"
     hub.server_close()
     away = fine(push(hub, tmp_path / "away"))
     assert [done.stdout.count("warning") for done in (failed, away)] == [1, 2]
