@@ -481,7 +481,9 @@ def prompt_of(env: envs.EnvBase, tokenizer: Any, longest: int, graded: bool) -> 
 
 
 def encode_prompts(dataset: Any, tokenizer: Any, context: int, args: Any, graded: bool = True) -> Encoded:
-    """Prompts of at most --max-prompt-length tokens, or what a context leaves beside --max-new-tokens."""
+    """Prompts of at most --max-prompt-length tokens, or what a context, or vLLM's, leaves beside --max-new-tokens."""
+    asked = json.loads(args.vllm_args).get("max_model_len")
+    context = min(context, asked) if isinstance(asked, int) and asked > 0 else context
     longest = min(context - args.max_new_tokens, getattr(args, "max_prompt_length", None) or context)
     if longest < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves nothing of a context of {context:,} tokens")
@@ -609,20 +611,16 @@ class Evaluator:
     engine: Any
     tokenizer: Any
     dataset: Any
+    prompts: list[list[int]]  # of the dataset, as token ids
     max_new_tokens: int
     temperature: float = 0.0  # greedy
     num_completions: int = 1  # of each problem
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        envs.require_rewards(self.dataset)
-        self.problems = range(len(self.dataset))[PartialState().process_index :: PartialState().num_processes]
-        longest = self.engine.context_length - self.max_new_tokens
-        self.prompts = {i: prompt_of(self.dataset[i], self.tokenizer, longest, graded=True) for i in self.problems}
-
     def evaluate(self, problems: range | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics, and one record a completion in the order of the dataset, of all problems or some."""
-        own = [i for i in self.problems if problems is None or i in problems]
+        problems = range(len(self.dataset)) if problems is None else problems
+        own = problems[PartialState().process_index :: PartialState().num_processes]
         jobs = [(i, k) for i in own for k in range(self.num_completions)]
         seeds = [completion_seed(self.seed, 0, i * self.num_completions + k) for i, k in jobs]
         sampling = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
@@ -796,8 +794,9 @@ class Run:
                 self.say("warning    no evaluation: none of its rows has a reward")
             return None
         prompts = encode_prompts(self.eval_dataset, self.tokenizer, engine.context_length, self.args)
-        problems = [self.eval_dataset[row] for row in self.look(prompts, "evaluation: ", len(prompts))]
-        return Evaluator(engine, self.tokenizer, problems, self.args.max_new_tokens)
+        rows = self.look(prompts, "evaluation: ", len(prompts))
+        problems, ids = [self.eval_dataset[row] for row in rows], [prompts[row] for row in rows]
+        return Evaluator(engine, self.tokenizer, problems, ids, self.args.max_new_tokens)
 
     def look(self, rows: Encoded, which: str = "", count: int = LOOK) -> list[int]:
         """Which of the first rows can be used. Says what was left out."""

@@ -181,15 +181,15 @@ def main(args: Args, dataset: Any = None) -> None:
     tokenizer = chat.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
     config = chat.load_config(args.model)
     prompts = common.encode_prompts(dataset, tokenizer, chat.context_length(config), args)
-    dataset = [dataset[row] for row in prompts.look(len(dataset))]
+    rows = prompts.look(len(dataset))
+    dataset, ids = [dataset[row] for row in rows], [prompts[row] for row in rows]
     before = None if args.compare is None else load_solved_share(args.compare, [env.prompt for env in dataset])
     folder, records = common.on_main_process(accelerator, open_folder, args, common.digest_of(dataset))
 
     # Load the model
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True, markup=False)
     dtype, pass_tokens = common.pick_compute(args, accelerator.device)
-    for line in chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config)):
-        console.print(line)
+    console.print(*chat.check_tokenizer(tokenizer, config, chat.load_generation_config(args.model, config)), sep="\n")
     if args.engine == "vllm":
         engine: Any = common.VLLMEngine(args.model, tokenizer, dtype, args.vllm_args)
     else:
@@ -201,7 +201,7 @@ def main(args: Args, dataset: Any = None) -> None:
     # Sample and score, block by block: what is done stays, whatever happens
     started, sampled = time.perf_counter(), 0
     sampling = (args.max_new_tokens, args.temperature, args.num_completions, args.seed)
-    evaluator = common.Evaluator(engine, tokenizer, dataset, *sampling)
+    evaluator = common.Evaluator(engine, tokenizer, dataset, ids, *sampling)
     done = len(records) // args.num_completions
     console.print(f"data       {args.dataset}: {len(dataset)} problems x {args.num_completions}, {done} done before")
     console.print(prompts.report() or "no prompt is too long", envs.grader_note(dataset))
