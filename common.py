@@ -100,12 +100,18 @@ LIMITS = {  # smallest and largest value of a flag; any other number is at least
     "max_length": (2, math.inf, "at least 2"),
     "clip_eps": (0, 1 - 1e-9, "from 0 to below 1"),
 }
+READ_WITH = {  # flags that nothing reads without one of others
+    "lora_alpha": ["lora_rank"],
+    "engine": ["eval_sample_completions"],  # of sft.py
+    "wandb_project": ["enable_wandb", "enable_trackio"],
+    "wandb_run_name": ["enable_wandb", "enable_trackio"],
+}
 
 
 def check_args(args: Any, **exceptions: tuple[float, float, str]) -> Any:
     """The flags, paths as text. Raises a UserError that names the flag, its value and what it takes.
 
-    `exceptions` replace lines of the table.
+    `exceptions` replace lines of LIMITS.
     """
     args = copy.copy(args)
     for name, value in vars(args).items():
@@ -127,6 +133,10 @@ def check_args(args: Any, **exceptions: tuple[float, float, str]) -> Any:
         raise UserError("--from-scratch trains all weights, --lora-rank none of a model's own: take one of them")
     if getattr(args, "engine", None) == "hf" and args.vllm_args != "{}":
         raise UserError(f"--vllm-args is {args.vllm_args}: add --engine vllm, which takes them")
+    for name, others in READ_WITH.items():
+        given = getattr(args, name, None) != getattr(type(args), name, None)
+        if given and not any(getattr(args, other, True) for other in others):
+            raise UserError(f"--{name} changes nothing without --{' or --'.join(others)}".replace("_", "-"))
     return args
 
 
@@ -470,27 +480,6 @@ def data_order(size: int, seed: int, start: int, count: int) -> list[int]:
     return [permutation(size, seed, position // size)[position % size] for position in range(start, start + count)]
 
 
-def prompt_of(env: envs.EnvBase, tokenizer: Any, longest: int, graded: bool) -> list[int]:
-    """Token ids of its prompt. Raises a UserError when they are more than `longest`, or a reward is wanted in vain."""
-    ids = chat.encode_prompt(tokenizer, env.prompt, **env.template_args)
-    if len(ids) > longest:
-        raise UserError(f"a prompt of more than {longest:,} tokens")
-    if graded and not envs.has_reward(env):
-        raise UserError("no reward, for want of an answer")
-    return ids
-
-
-def encode_prompts(dataset: Any, tokenizer: Any, context: int, args: Any, graded: bool = True) -> Encoded:
-    """Prompts of at most --max-prompt-length tokens, or what a context, or vLLM's, leaves beside --max-new-tokens."""
-    asked = json.loads(args.vllm_args).get("max_model_len")
-    context = min(context, asked) if isinstance(asked, int) and asked > 0 else context
-    longest = min(context - args.max_new_tokens, getattr(args, "max_prompt_length", None) or context)
-    if longest < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves nothing of a context of {context:,} tokens")
-    how = functools.partial(prompt_of, tokenizer=tokenizer, longest=longest, graded=graded)
-    return Encoded(dataset, how)
-
-
 def collate(sequences: Sequence[tuple[list, ...]], device: torch.device) -> list[Tensor]:
     """(token ids, loss mask, ...) of each sequence -> token ids, attention mask, loss mask, ..., (B, T) each."""
     width = max(len(ids) for ids, *_ in sequences)
@@ -793,7 +782,7 @@ class Run:
             if self.eval_dataset is not None:
                 self.say("warning    no evaluation: none of its rows has a reward")
             return None
-        prompts = encode_prompts(self.eval_dataset, self.tokenizer, engine.context_length, self.args)
+        prompts = envs.encode_prompts(self.eval_dataset, self.tokenizer, engine.context_length, self.args)
         rows = self.look(prompts, "evaluation: ", len(prompts))
         problems, ids = [self.eval_dataset[row] for row in rows], [prompts[row] for row in rows]
         return Evaluator(engine, self.tokenizer, problems, ids, self.args.max_new_tokens)

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import json
 import math
 import random
 import re
@@ -25,9 +26,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from chat import Message, UserError, check_messages, check_tools, from_json, has_parts, loading, shorten
+from chat import Message, UserError, check_messages, check_tools, encode_prompt, from_json, has_parts, loading, shorten
 from grading import MATH_WORKER, after_thinking, as_text, last_boxed, parse_number, same_answer
-from tables import LOOK, Rows, load_files, row_of, undecoded, without_none
+from tables import LOOK, Encoded, Rows, load_files, row_of, undecoded, without_none
 
 BOXED = r"Put the final answer in \boxed{}."  # the one sentence that asks for the form the grader reads
 
@@ -90,6 +91,28 @@ def some_rewards(dataset: Any) -> bool:
 def require_rewards(dataset: Any) -> None:
     if len(dataset) and not some_rewards(dataset):
         raise UserError("none of the rows has a reward: give rows an answer, or their environments a get_reward")
+
+
+def encode_prompts(dataset: Any, tokenizer: Any, context: int, args: Any, graded: bool = True) -> Encoded:
+    """Prompts of at most --max-prompt-length tokens, or what a context, or vLLM's, leaves beside --max-new-tokens.
+
+    Others are left out, and with `graded` those of environments without a reward.
+    """
+    asked = json.loads(args.vllm_args).get("max_model_len")
+    context = min(context, asked) if isinstance(asked, int) and asked > 0 else context
+    longest = min(context - args.max_new_tokens, getattr(args, "max_prompt_length", None) or context)
+    if longest < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves nothing of a context of {context:,} tokens")
+
+    def encode(env: EnvBase) -> list[int]:
+        ids = encode_prompt(tokenizer, env.prompt, **env.template_args)
+        if len(ids) > longest:
+            raise UserError(f"a prompt of more than {longest:,} tokens")
+        if graded and not has_reward(env):
+            raise UserError("no reward, for want of an answer")
+        return ids
+
+    return Encoded(dataset, encode)
 
 
 @dataclass

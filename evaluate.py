@@ -180,7 +180,7 @@ def main(args: Args, dataset: Any = None) -> None:
     envs.require_rewards(dataset)
     tokenizer = chat.load_tokenizer(args.model, args.chat_template, template_args=args.chat_template_args)
     config = chat.load_config(args.model)
-    prompts = common.encode_prompts(dataset, tokenizer, chat.context_length(config), args)
+    prompts = envs.encode_prompts(dataset, tokenizer, chat.context_length(config), args)
     rows = prompts.look(len(dataset))
     dataset, ids = [dataset[row] for row in rows], [prompts[row] for row in rows]
     before = None if args.compare is None else load_solved_share(args.compare, [env.prompt for env in dataset])

@@ -240,7 +240,9 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     for dataset in (train_dataset, run.eval_dataset or []):
         envs.require_rewards(dataset)
     correction = args.is_correction or {"hf": "none", "vllm": "token"}[args.engine]
-    prompts = common.encode_prompts(train_dataset, tokenizer, chat.context_length(run.config), args)
+    if correction == "none" and args.is_cap != Args.is_cap:
+        raise chat.UserError("--is-cap changes nothing without --is-correction")
+    prompts = envs.encode_prompts(train_dataset, tokenizer, chat.context_length(run.config), args)
     run.look(prompts)
     policy = common.load_policy(run)
     reference = common.load_reference(run) if args.kl_penalty > 0 else None

@@ -204,9 +204,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
     tokenizer, train_dataset, device, accelerator = run.tokenizer, run.train_dataset, run.device, run.accelerator
     chat.check_same_tokens(tokenizer, chat.load_tokenizer(args.teacher_model, args.chat_template, needs_template=False))
     configs = (run.config, chat.load_config(args.teacher_model))
-    prompts = common.encode_prompts(
-        train_dataset, tokenizer, min(map(chat.context_length, configs)), args, graded=False
-    )
+    prompts = envs.encode_prompts(train_dataset, tokenizer, min(map(chat.context_length, configs)), args, graded=False)
     run.look(prompts)
     policy = common.load_policy(run)
     teacher = common.load_frozen(run, args.teacher_model, "teacher")

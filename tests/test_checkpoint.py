@@ -132,7 +132,7 @@ def test_resume_refuses_other_flags_and_used_folders(straight):
     told = mistake(run_main(script, *flags, "--resume", "--learning-rate", 0.5, "--batch-size", 3))
     assert all(change in told for change in ("--batch-size 4 -> 3", "--learning-rate", "--num-processes 2 -> 1"))
     (folder / "args.json").write_text(json.dumps(json.loads(record) | {"data": "the digest of other rows"}))
-    longer = [*flags, "--resume", "--wandb-project", "other", "--saving-steps", 100, "--logging-steps", 2]
+    longer = [*flags, "--resume", "--saving-steps", 100, "--logging-steps", 2]
     longer += ["--micro-batch-tokens", 300]  # where memory ran out
     steps = RUNS[script][RUNS[script].index("--num-steps") + 1] + 2
     done = fine(run_main(script, *longer, "--num-steps", steps))
