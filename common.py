@@ -70,7 +70,8 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         advice = ""
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if memory:  # on a CPU torch raises a RuntimeError
             advice = " Out of memory: lower --micro-batch-tokens, the gradient stays the same"
         elif any(words in str(error) for words in FULL):  # Python's files and safetensors raise different errors
             advice = "; free some, then go on with --resume"
@@ -821,7 +822,7 @@ class Run:
 
     def evaluate(self, step: int, evaluator: "Evaluator | None") -> dict[str, Any]:
         """Metrics of the present weights, every --eval-steps."""
-        if evaluator is None or not self.at(step, self.args.eval_steps):
+        if evaluator is None or not self.is_due(step, self.args.eval_steps):
             return {}
         evaluator.engine.sync(self.model)
         with self.saving(step):
@@ -841,7 +842,7 @@ class Run:
         """Over all processes."""
         return self.accelerator.reduce(torch.tensor(float(value), dtype=torch.float64, device=self.device)).item()
 
-    def at(self, step: int, every: int) -> bool:
+    def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every so many steps, and at the last, happens at this one."""
         return every > 0 and (step == self.args.num_steps or step % every == 0)
 
@@ -898,7 +899,7 @@ class Run:
     def save(self, step: int) -> None:
         """A checkpoint every --saving-steps, at the last step and after a signal, which then ends the run."""
         self.step = step
-        if self.at(step, self.args.saving_steps):
+        if self.is_due(step, self.args.saving_steps):
             save_checkpoint(self)
         if step < self.args.num_steps:
             self.pause()

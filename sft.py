@@ -268,7 +268,7 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         }
 
         # 4. evaluate and save
-        if eval_conversations and run.at(step, args.eval_steps):
+        if eval_conversations and run.is_due(step, args.eval_steps):
             metrics |= evaluate(step)
         run.log(step, metrics)
         run.save(step)
