@@ -24,8 +24,6 @@ GPU:     accelerate launch grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --dataset 
 Guide:   training_guide/grpo.md
 """
 
-import functools
-import itertools
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -287,35 +285,38 @@ def main(args: Args, train_dataset: Any = None, eval_dataset: Any = None) -> Non
         learns = run.sum(has_gradient.sum()) > 0
         computed = has_gradient.nonzero().flatten().tolist() if learns else [0]
         micro_batches = common.micro_batches(run, input_ids, attention_mask, computed)
-        clip = {"clip_eps": args.clip_eps, "clip_eps_high": args.clip_eps_high, "loss_type": args.loss_type}
-        objective = functools.partial(grpo_loss, **clip, kl_penalty=args.kl_penalty, denominator=denominator)
+        options: Any = {"denominator": denominator, "loss_type": args.loss_type, "kl_penalty": args.kl_penalty}
+        options |= {"clip_eps": args.clip_eps, "clip_eps_high": args.clip_eps_high}
         # (B, T) each, in float64: exact, whatever dtype a model computes in
         old_logprobs, ref_logprobs = torch.zeros_like(engine_logprobs), torch.zeros_like(engine_logprobs)
         lr = common.scheduled_lr(step, run.learning_rate, args.warmup_steps, args.num_steps, args.lr_schedule)
         sums: Any = Counter()  # its update() adds
         total_loss, grad_norm = 0.0, 0.0
         sweeps = args.ppo_steps if learns else 1  # over the micro-batches
-        for ppo_step, mb in itertools.product(range(sweeps), micro_batches):
-            inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
-            last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
-            with nullcontext() if last else accelerator.no_sync(policy):
-                logprobs = common.token_logprobs(policy, *inputs)
-                if ppo_step == 0:
-                    old_logprobs[mb] = logprobs.detach().double()
-                    if reference is not None:
+        for ppo_step in range(sweeps):
+            for mb in micro_batches:
+                inputs = (input_ids[mb], attention_mask[mb], loss_mask[mb], args.temperature)
+                last = mb is micro_batches[-1]  # it synchronises the processes' gradients (DDP decides in forward)
+                with nullcontext() if last else accelerator.no_sync(policy):
+                    logprobs = common.token_logprobs(policy, *inputs)
+                    if ppo_step == 0:
+                        old_logprobs[mb] = logprobs.detach().double()
+                    if ppo_step == 0 and reference is not None:
                         with torch.no_grad():
                             ref_logprobs[mb] = common.token_logprobs(reference, *inputs).double()
-                log_ratio = (old_logprobs[mb] - engine_logprobs[mb]) * loss_mask[mb]
-                options = {"ref_logprobs": ref_logprobs[mb] if reference is not None else None}
-                if correction != "none":
-                    options["importance_weights"] = importance_weights(log_ratio, correction, args.is_cap)
-                loss, sums_of_pass = objective(logprobs, old_logprobs[mb], advantages[mb[0]], loss_mask[mb], **options)
-                common.backward(run, loss)
-            sums.update(sums_of_pass)
-            total_loss += loss.item()
-            if ppo_step == 0 and last:  # before anything is updated
+                    weights = None
+                    if correction != "none":
+                        log_ratio = (old_logprobs[mb] - engine_logprobs[mb]) * loss_mask[mb]
+                        weights = importance_weights(log_ratio, correction, args.is_cap)
+                    ref = None if reference is None else ref_logprobs[mb]
+                    batch = (logprobs, old_logprobs[mb], advantages[mb[0]], loss_mask[mb])
+                    loss, sums_of_pass = grpo_loss(*batch, ref_logprobs=ref, importance_weights=weights, **options)
+                    common.backward(run, loss)
+                sums.update(sums_of_pass)
+                total_loss += loss.item()
+            if ppo_step == 0:  # before anything is updated
                 gap = common.check_gap(run, old_logprobs[computed], engine_logprobs[computed], loss_mask[computed])
-            if learns and last:
+            if learns:
                 grad_norm += common.optimizer_step(run, step, lr, total_loss) / sweeps
         step_seconds = time.perf_counter() - started
 
