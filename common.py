@@ -70,8 +70,8 @@ def run(main: Callable[[Any], None], args: Any) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         advice = ""
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if memory:  # on a CPU torch raises a RuntimeError
+        memory_errors = (torch.OutOfMemoryError, MemoryError)  # and on a CPU torch raises a RuntimeError
+        if isinstance(error, memory_errors) or "can't allocate memory" in str(error):
             advice = " Out of memory: lower --micro-batch-tokens, the gradient stays the same"
         elif any(words in str(error) for words in FULL):  # Python's files and safetensors raise different errors
             advice = "; free some, then go on with --resume"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 SMALL = ["--num-steps", "1", "--max-grad-norm", "inf", "--learning-rate", "1e-3", "--warmup-steps", "0"]
 GRPO = [*SMALL, "--group-size", "4", "--max-new-tokens", "12"]
 LORA = ("grpo-dapo-kl", "sft", "distill-full")  # also by adapters
-SPLIT = (*LORA, "distill-sampled", "lora-grpo-dapo-kl")  # also by two processes that share a model
+SPLIT = (*LORA, "distill-sampled", "lora-grpo-dapo-kl", "lora-distill-full")  # also by two processes that share a model
 OBJECTIVES = {
     f"grpo-{loss}{'-kl' * kl}": ("grpo", [*GRPO, "--loss-type", loss, "--kl-penalty", f"{0.1 * kl}"])
     for loss in ("dapo", "grpo", "dr_grpo")

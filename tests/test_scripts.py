@@ -46,7 +46,8 @@ def test_grpo_writes_its_folder_and_says_how_it_goes(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == names
     assert (folder / "final" / "chat_template.jinja").read_text() == template.read_text()
     before, after = (lines[n]["eval/accuracy"] for n in (0, 2))
-    assert f"reward {lines[1]['reward/mean']:.3g}  loss {lines[1]['loss/total']:.3g}" in done.stdout
+    first = f"reward {lines[1]['reward/mean']:.3g}  loss {lines[1]['loss/total']:.3g}"
+    assert re.search(rf"^1/2  \d+ min left  {re.escape(first)}", done.stdout, re.MULTILINE)
     assert f"before/after eval/accuracy {before:.4f} -> {after:.4f}" in done.stdout
 
 
